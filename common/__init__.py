@@ -1,0 +1,1 @@
+"""What gateway and worker both stand on. Imports neither."""

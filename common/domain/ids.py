@@ -1,0 +1,37 @@
+"""Ids: UUIDv7 inside (RFC 9562, time-ordered, kind to B-trees), a typed lower-case form outside (`po_01jeb7…`)."""
+
+from typing import Final
+from uuid import UUID
+
+from uuid_utils.compat import uuid7
+
+# Crockford's base32, lower case: no i, l, o, u.
+_ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
+_VALUE: Final = {letter: value for value, letter in enumerate(_ALPHABET)}
+_LENGTH: Final = 26
+
+PAYOUT: Final = "po"
+EVENT: Final = "evt"
+
+
+def new_id() -> UUID:
+    """A new time-ordered id."""
+    return uuid7()
+
+
+def render_id(prefix: str, value: UUID) -> str:
+    """The public form of an id: prefix, underscore, 26 characters that sort as the id does."""
+    number = value.int
+    letters = [_ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5)]
+    return f"{prefix}_{''.join(letters)}"
+
+
+def parse_id(prefix: str, text: str) -> UUID | None:
+    """The id behind a public form, or None when the text is not one of that prefix."""
+    head, _, tail = text.partition("_")
+    if head != prefix or len(tail) != _LENGTH or any(letter not in _VALUE for letter in tail):
+        return None
+    number = 0
+    for letter in tail:
+        number = number << 5 | _VALUE[letter]
+    return UUID(int=number) if number < 1 << 128 else None

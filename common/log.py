@@ -1,0 +1,72 @@
+"""Logs: one line per request, per attempt and per thing that went wrong. A closed list of events; never a body, a secret,
+a signature or a recipient.
+"""
+
+import logging
+import sys
+from enum import StrEnum
+from typing import Any, Final
+
+import structlog
+
+
+class LogEvent(StrEnum):
+    """Every event a line may be about."""
+
+    PROCESS_STARTED = "process.started"
+    PROCESS_STOPPED = "process.stopped"
+    REQUEST_ANSWERED = "request.answered"
+    REQUEST_CRASHED = "request.crashed"
+    ACCEPT_BATCH_FAILED = "accept.batch_failed"
+    PAYOUT_ATTEMPTED = "payout.attempted"
+    PAYOUT_LEASE_EXPIRED = "payout.lease_expired"
+    PAYOUT_LEASE_LOST = "payout.lease_lost"
+    PAYOUT_CONTRADICTED = "payout.contradicted"
+    RAIL_CRASHED = "rail.crashed"
+    CALLBACK_ATTEMPTED = "callback.attempted"
+    CALLBACK_UNSEALABLE = "callback.unsealable"
+    ROUND_FAILED = "round.failed"
+    LIBRARY = "library"
+
+
+# A second line of defence: whatever is logged under such a key is dropped.
+_FORBIDDEN_PARTS: Final = ("secret", "signature", "card", "recipient", "password", "authorization", "body")
+
+
+def _drop_forbidden(_logger: Any, _method: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    for key in [key for key in line if any(part in key.lower() for part in _FORBIDDEN_PARTS)]:
+        line[key] = "[dropped]"
+    return line
+
+
+def configure_logging(log_format: str, **bound: str) -> None:
+    """Send our lines and the libraries' to stdout, as JSON or for people. `bound` is on every line."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)),
+        _drop_forbidden,
+    ]
+    renderer: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer()
+        if log_format == "console"
+        else structlog.processors.JSONRenderer(sort_keys=True)
+    )
+    structlog.configure(
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(sys.stdout),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(**bound)
+
+
+def get_logger() -> structlog.typing.FilteringBoundLogger:
+    """The logger; call it with a `LogEvent` and named fields."""
+    logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+    return logger

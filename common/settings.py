@@ -1,0 +1,272 @@
+"""Settings: one frozen object, read from the environment once, nonsense refused at start.
+
+`Settings.from_environ` is called by the composition roots alone; everything below them gets what it needs as a parameter.
+The table in the README is checked against this file.
+"""
+
+import base64
+import binascii
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Final
+
+from common.sealing import KEY_BYTES, Keyring
+
+_PREFIX: Final = "PAYOUTS_"
+_META: Final = "setting"
+
+
+class SettingsInvalid(Exception):
+    """The environment does not make sense; the text names each variable and what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    variable: str
+    parse: Callable[[str], Any]
+    doc: str
+
+
+def _setting(variable: str, parse: Callable[[str], Any], default: str | None, doc: str) -> Any:
+    """A field that is read from `variable`; without a default it must be set."""
+    meta = {_META: _Setting(variable, parse, doc)}
+    return field(metadata=meta) if default is None else field(default_factory=lambda: parse(default), metadata=meta)
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise ValueError(f"must be {low} to {high}")
+        return value
+
+    return parse
+
+
+def _decimal(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:
+            raise ValueError(f"must be {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+def _choice(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"must be one of {', '.join(words)}")
+        return text
+
+    return parse
+
+
+def _switch(text: str) -> bool:
+    return _choice("0", "1")(text) == "1"
+
+
+def _optional(text: str) -> str | None:
+    return text or None
+
+
+def _ports(text: str) -> frozenset[int]:
+    return frozenset(_integer(1, 65_535)(port) for port in text.split(",") if port)
+
+
+def _key(text: str) -> bytes:
+    try:
+        key = base64.b64decode(text, validate=True)
+    except binascii.Error:
+        raise ValueError("must be base64") from None
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"must be {KEY_BYTES} bytes, base64")
+    return key
+
+
+def _master_keys(text: str) -> dict[int, bytes]:
+    pairs = [pair.partition(":") for pair in text.split(",")]
+    if not all(separator and key_id.isdecimal() for key_id, separator, _ in pairs):
+        raise ValueError("must look like 1:<base64>,2:<base64>")
+    return {_integer(1, 65_535)(key_id): _key(key) for key_id, _, key in pairs}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that can be set. Units are in the names."""
+
+    database_url: str = _setting(
+        "DATABASE_URL", str, None, "PostgreSQL, `postgresql://…`; the login must be a member of the `payouts_*` roles"
+    )
+    amqp_url: str | None = _setting("AMQP_URL", _optional, "", "RabbitMQ; empty: PostgreSQL alone carries the work")
+    master_keys: dict[int, bytes] = field(
+        repr=False,
+        metadata={
+            _META: _Setting(
+                "PAYOUTS_MASTER_KEYS", _master_keys, "seal secrets and recipients: `id:base64` of 32 bytes, by commas"
+            )
+        },
+    )
+    content_key: bytes = field(
+        repr=False,
+        metadata={
+            _META: _Setting(
+                "PAYOUTS_CONTENT_KEY", _key, "hashes recipients for idempotency: base64 of 32 bytes; never changes"
+            )
+        },
+    )
+
+    host: str = _setting("PAYOUTS_HOST", str, "127.0.0.1", "address the gateway listens on")
+    port: int = _setting("PORT", _integer(1, 65_535), "8080", "port of the gateway; its processes share it")
+    admin_port: int = _setting(
+        "PAYOUTS_ADMIN_PORT", _integer(0, 65_535), "0", "metrics and health on loopback, one per process; 0: none"
+    )
+    log_format: str = _setting(
+        "PAYOUTS_LOG_FORMAT", _choice("json", "console"), "json", "log lines for programs or people"
+    )
+
+    database_pool_max: int = _setting(
+        "PAYOUTS_DATABASE_POOL_MAX",
+        _integer(2, 100),
+        "8",
+        "connections per process; the sum must fit `max_connections`",
+    )
+    database_connect_timeout_seconds: float = _setting(
+        "PAYOUTS_DATABASE_CONNECT_TIMEOUT_SECONDS",
+        _decimal(0.1, 60),
+        "5",
+        "to open a connection, or to get one of the pool",
+    )
+    database_statement_timeout_seconds: float = _setting(
+        "PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS", _decimal(0.1, 300), "10", "for one statement"
+    )
+    database_lock_timeout_seconds: float = _setting(
+        "PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS",
+        _decimal(0.05, 60),
+        "2",
+        "for one lock; then that shop's requests get 503",
+    )
+
+    signature_window_seconds: int = _setting(
+        "PAYOUTS_SIGNATURE_WINDOW_SECONDS", _integer(30, 300), "60", "how far `X-Timestamp` may be off, either way"
+    )
+    key_cache_seconds: float = _setting(
+        "PAYOUTS_KEY_CACHE_SECONDS", _decimal(0, 5), "5", "a revoked key may work for this long"
+    )
+    key_requests_per_second_max: int = _setting(
+        "PAYOUTS_KEY_REQUESTS_PER_SECOND_MAX",
+        _integer(0, 100_000),
+        "0",
+        "per key and gateway process, then 429; 0: no limit",
+    )
+    body_timeout_seconds: float = _setting(
+        "PAYOUTS_BODY_TIMEOUT_SECONDS", _decimal(0.1, 60), "10", "to receive a request's body"
+    )
+    accept_committers: int = _setting(
+        "PAYOUTS_ACCEPT_COMMITTERS",
+        _integer(1, 16),
+        "2",
+        "transactions that accept payouts at the same time, per process",
+    )
+    accept_batch_max: int = _setting(
+        "PAYOUTS_ACCEPT_BATCH_MAX", _integer(1, 128), "128", "payouts per accepting transaction"
+    )
+    accept_queue_max: int = _setting(
+        "PAYOUTS_ACCEPT_QUEUE_MAX", _integer(1, 100_000), "2000", "creates that may wait per process, then 503"
+    )
+    accept_wait_seconds_max: float = _setting(
+        "PAYOUTS_ACCEPT_WAIT_SECONDS_MAX",
+        _decimal(0.1, 60),
+        "5",
+        "how long a create may wait for its transaction, then 503",
+    )
+    callback_private_addresses: bool = _setting(
+        "PAYOUTS_CALLBACK_PRIVATE_ADDRESSES", _switch, "0", "1 lets callbacks reach private and loopback addresses"
+    )
+    callback_ports: frozenset[int] = _setting(
+        "PAYOUTS_CALLBACK_PORTS", _ports, "80,443,8080,8443", "ports a callback may use; empty: any"
+    )
+
+    settle_batch_max: int = _setting("PAYOUTS_SETTLE_BATCH_MAX", _integer(1, 128), "128", "payouts per claim")
+    settle_lease_seconds: float = _setting(
+        "PAYOUTS_SETTLE_LEASE_SECONDS", _decimal(1, 3600), "60", "a worker that is silent for longer lost its payouts"
+    )
+    settle_concurrency: int = _setting(
+        "PAYOUTS_SETTLE_CONCURRENCY", _integer(1, 10_000), "512", "calls in flight per rail and process"
+    )
+    settle_shop_concurrency: int = _setting(
+        "PAYOUTS_SETTLE_SHOP_CONCURRENCY", _integer(1, 10_000), "256", "calls in flight per shop, rail and process"
+    )
+    rail_timeout_seconds: float = _setting(
+        "PAYOUTS_RAIL_TIMEOUT_SECONDS", _decimal(0.1, 600), "20", "for one call to a rail; then the outcome is unknown"
+    )
+    scan_interval_seconds: float = _setting(
+        "PAYOUTS_SCAN_INTERVAL_SECONDS", _decimal(0.005, 60), "0.02", "between looks for due work when there was none"
+    )
+    sandbox_settle_seconds: float = _setting(
+        "PAYOUTS_SANDBOX_SETTLE_SECONDS", _decimal(0, 3600), "60", "from `submitted` to success for recipient 0001"
+    )
+    callback_concurrency: int = _setting(
+        "PAYOUTS_CALLBACK_CONCURRENCY", _integer(1, 10_000), "200", "callbacks in flight per process"
+    )
+    callback_timeout_seconds: float = _setting(
+        "PAYOUTS_CALLBACK_TIMEOUT_SECONDS", _decimal(0.1, 120), "17", "hard deadline of one callback attempt"
+    )
+    callback_lease_seconds: float = _setting(
+        "PAYOUTS_CALLBACK_LEASE_SECONDS",
+        _decimal(1, 3600),
+        "60",
+        "a worker that is silent for longer lost its callbacks",
+    )
+    drain_seconds: float = _setting(
+        "PAYOUTS_DRAIN_SECONDS", _decimal(0, 300), "25", "after SIGTERM, to finish what was begun"
+    )
+
+    @property
+    def keyring(self) -> Keyring:
+        """The keys of `common.sealing`; new values are sealed with the master key of the highest id."""
+        return Keyring(self.master_keys, max(self.master_keys), self.content_key)
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> "Settings":
+        """Read everything at once. Raises: `SettingsInvalid`, naming all that is wrong and never a value."""
+        values: dict[str, Any] = {}
+        problems: list[str] = []
+        for item in fields(cls):
+            setting: _Setting = item.metadata[_META]
+            text = environ.get(setting.variable)
+            try:
+                if text is not None:
+                    values[item.name] = setting.parse(text)
+            except ValueError as error:
+                problems.append(f"{setting.variable}: {error}")
+        missing = {f.metadata[_META].variable for f in fields(cls) if f.name in _REQUIRED and f.name not in values}
+        problems += [f"{variable}: must be set" for variable in sorted(missing - {p.split(":")[0] for p in problems})]
+        known = {f.metadata[_META].variable for f in fields(cls)}
+        problems += [
+            f"{name}: no such setting" for name in sorted(environ) if name.startswith(_PREFIX) and name not in known
+        ]
+        if not problems:
+            settings = cls(**values)
+            problems = settings._contradictions()
+            if not problems:
+                return settings
+        raise SettingsInvalid("; ".join(problems))
+
+    def _contradictions(self) -> list[str]:
+        """Relations between settings that must hold, or work would be done twice."""
+        problems = []
+        if self.callback_lease_seconds < self.callback_timeout_seconds + _RECORDING_SECONDS:
+            problems.append(
+                f"PAYOUTS_CALLBACK_LEASE_SECONDS: must exceed PAYOUTS_CALLBACK_TIMEOUT_SECONDS by {_RECORDING_SECONDS:g}"
+            )
+        if self.settle_lease_seconds < self.rail_timeout_seconds + _RECORDING_SECONDS:
+            problems.append(
+                f"PAYOUTS_SETTLE_LEASE_SECONDS: must exceed PAYOUTS_RAIL_TIMEOUT_SECONDS by {_RECORDING_SECONDS:g}"
+            )
+        return problems
+
+
+# What a lease leaves for writing down the outcome of a call that ended at its deadline.
+_RECORDING_SECONDS: Final = 5.0
+_REQUIRED: Final = frozenset({"database_url", "master_keys", "content_key"})
