@@ -1,0 +1,40 @@
+"""How long the oldest work has been waiting: what scaling and alarms look at."""
+
+from dataclasses import dataclass
+
+from sqlalchemy import text
+
+from common.db.engine import Tx
+
+
+@dataclass(frozen=True, slots=True)
+class Ages:
+    """Seconds past due of the oldest payout and callback that nobody has taken; 0 when none is overdue."""
+
+    payout_seconds: float
+    callback_seconds: float
+
+
+# The first row of each (rail, shop) is its oldest: the same loose scan as a claim makes.
+_AGES = text(
+    """
+    WITH RECURSIVE lanes AS (
+      (SELECT rail, shop_id FROM payout_due ORDER BY rail, shop_id LIMIT 1)
+      UNION ALL
+      SELECT next.rail, next.shop_id FROM lanes CROSS JOIN LATERAL (
+        SELECT d.rail, d.shop_id FROM payout_due d WHERE (d.rail, d.shop_id) > (lanes.rail, lanes.shop_id)
+         ORDER BY d.rail, d.shop_id LIMIT 1) next)
+    SELECT coalesce(greatest(extract(epoch FROM now() - (
+             SELECT min(oldest.due_at) FROM lanes CROSS JOIN LATERAL (
+               SELECT d.due_at FROM payout_due d WHERE d.rail = lanes.rail AND d.shop_id = lanes.shop_id
+                ORDER BY d.due_at LIMIT 1) oldest)), 0), 0)::float8 AS payout_seconds,
+           coalesce(greatest(extract(epoch FROM now() - (
+             SELECT due_at FROM callback_due ORDER BY due_at LIMIT 1)), 0), 0)::float8 AS callback_seconds
+    """
+)
+
+
+async def find_ages(tx: Tx) -> Ages:
+    """The ages now, in seconds."""
+    row = (await tx.execute(_AGES)).one()
+    return Ages(row.payout_seconds, row.callback_seconds)

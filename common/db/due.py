@@ -1,0 +1,227 @@
+"""What must still be done for payouts: the due rows, their leases, and the attempts made at the rails.
+
+A lease is a token and a `due_at` in the future. Whoever finds the row due again may take it; the one who comes late finds
+another token.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import text
+
+from common.db.engine import Tx
+
+# Visits shops that have rows, a few at a time and in turn, and takes the oldest due of each: one merchant's flood is one
+# shop among the others. Loose index scan over (rail, shop_id, due_at).
+_CLAIM_DUE = text(
+    """
+    WITH RECURSIVE turn AS (
+      (SELECT d.shop_id, 1 AS n FROM payout_due d
+        WHERE d.rail = :rail AND d.shop_id > CAST(:after_shop AS uuid) ORDER BY d.shop_id LIMIT 1)
+      UNION ALL
+      SELECT next.shop_id, turn.n + 1 FROM turn CROSS JOIN LATERAL (
+        SELECT d.shop_id FROM payout_due d
+         WHERE d.rail = :rail AND d.shop_id > turn.shop_id ORDER BY d.shop_id LIMIT 1) next
+       WHERE turn.n < CAST(:shops_max AS int)),
+    busy AS (
+      SELECT * FROM unnest(CAST(:busy_shops AS uuid[]), CAST(:busy_counts AS int[])) AS b (shop_id, calls)),
+    picked AS (
+      SELECT p.payout_id, p.shop_id, turn.n FROM turn LEFT JOIN busy ON busy.shop_id = turn.shop_id
+       CROSS JOIN LATERAL (
+         SELECT d.payout_id, d.shop_id FROM payout_due d
+          WHERE d.rail = :rail AND d.shop_id = turn.shop_id AND d.due_at <= now()
+          ORDER BY d.due_at LIMIT greatest(CAST(:shop_max AS int) - coalesce(busy.calls, 0), 0)
+          FOR UPDATE SKIP LOCKED) p
+       LIMIT CAST(:claim_max AS int))
+    UPDATE payout_due d
+       SET lease_token = CAST(:token AS uuid), due_at = now() + make_interval(secs => CAST(:lease_seconds AS float8))
+      FROM picked WHERE d.payout_id = picked.payout_id AND d.shop_id = picked.shop_id
+    RETURNING d.payout_id, d.shop_id
+    """
+)
+
+_LAST_ATTEMPTS = text(
+    """
+    SELECT wanted.payout_id, a.attempt_no, a.outcome, a.reference, a.submits_refused, a.look_ups
+      FROM unnest(CAST(:ids AS uuid[])) AS wanted (payout_id)
+     CROSS JOIN LATERAL (
+       SELECT max(attempt_no) AS attempt_no,
+              (array_agg(outcome ORDER BY attempt_no DESC))[1] AS outcome,
+              min(reference) AS reference,
+              count(*) FILTER (WHERE outcome = 'not_accepted') AS submits_refused,
+              count(*) FILTER (WHERE action = 'look_up') AS look_ups
+         FROM payout_attempts WHERE payout_id = wanted.payout_id) a
+     WHERE a.attempt_no IS NOT NULL
+    """
+)
+
+_APPEND_ATTEMPTS = text(
+    """
+    INSERT INTO payout_attempts (payout_id, shop_id, attempt_no, action, rail, reference)
+    SELECT * FROM unnest(CAST(:payout_id AS uuid[]), CAST(:shop_id AS uuid[]), CAST(:attempt_no AS int[]),
+                         CAST(:action AS text[]), CAST(:rail AS text[]), CAST(:reference AS text[]))
+    """
+)
+
+# An attempt is finished once; only "unknown" may still give way to what was learned late.
+_FINISH_ATTEMPTS = text(
+    """
+    UPDATE payout_attempts a SET finished_at = now(), outcome = f.outcome, detail = left(f.detail, 200)
+      FROM unnest(CAST(:payout_id AS uuid[]), CAST(:shop_id AS uuid[]), CAST(:attempt_no AS int[]),
+                  CAST(:outcome AS text[]), CAST(:detail AS text[])) AS f (payout_id, shop_id, attempt_no, outcome, detail)
+     WHERE a.payout_id = f.payout_id AND a.shop_id = f.shop_id AND a.attempt_no = f.attempt_no
+       AND (a.finished_at IS NULL OR a.outcome = 'unknown')
+    """
+)
+
+_LOCK_DUE = text(
+    """
+    SELECT payout_id, lease_token FROM payout_due WHERE payout_id = ANY (CAST(:ids AS uuid[]))
+     ORDER BY payout_id FOR UPDATE
+    """
+)
+
+_DELETE_DUE = text("DELETE FROM payout_due WHERE payout_id = ANY (CAST(:ids AS uuid[]))")
+
+_RESCHEDULE_DUE = text(
+    """
+    UPDATE payout_due d SET lease_token = NULL, due_at = now() + make_interval(secs => r.delay_seconds)
+      FROM unnest(CAST(:ids AS uuid[]), CAST(:delays AS float8[])) AS r (payout_id, delay_seconds)
+     WHERE d.payout_id = r.payout_id
+    """
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """How much one worker may take from one rail. Counts of payouts, seconds for the lease."""
+
+    rail: str
+    token: UUID
+    lease_seconds: float
+    claim_max: int
+    shop_max: int
+    shops_max: int
+
+
+async def claim_due(tx: Tx, claim: Claim, after_shop: UUID, busy: Mapping[UUID, int]) -> dict[UUID, UUID]:
+    """Take due payouts under a lease, shop by shop in turn, beginning behind `after_shop`; what others hold is skipped.
+
+    `busy` says how many calls this worker has under way per shop; they count towards `shop_max`.
+    Locks: the due rows taken.
+    Returns: shop ids by payout id.
+    """
+    rows = await tx.execute(
+        _CLAIM_DUE,
+        {
+            "rail": claim.rail,
+            "after_shop": after_shop,
+            "busy_shops": list(busy),
+            "busy_counts": list(busy.values()),
+            "token": claim.token,
+            "lease_seconds": claim.lease_seconds,
+            "claim_max": claim.claim_max,
+            "shop_max": claim.shop_max,
+            "shops_max": claim.shops_max,
+        },
+    )
+    return {row.payout_id: row.shop_id for row in rows}
+
+
+async def find_rails_due(tx: Tx) -> list[str]:
+    """The rails that have rows, due or not."""
+    return list(await tx.scalars(_RAILS_DUE))
+
+
+_RAILS_DUE = text(
+    """
+    WITH RECURSIVE rails AS (
+      (SELECT rail FROM payout_due ORDER BY rail LIMIT 1)
+      UNION ALL
+      SELECT next.rail FROM rails CROSS JOIN LATERAL (
+        SELECT d.rail FROM payout_due d WHERE d.rail > rails.rail ORDER BY d.rail LIMIT 1) next)
+    SELECT rail FROM rails
+    """
+)
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What was tried for a payout so far."""
+
+    attempt_no: int
+    outcome: str | None
+    reference: str
+    submits_refused: int
+    look_ups: int
+
+
+async def find_histories(tx: Tx, payout_ids: Collection[UUID]) -> dict[UUID, History]:
+    """The attempts of payouts in a nutshell; payouts never tried are left out."""
+    rows = await tx.execute(_LAST_ATTEMPTS, {"ids": list(payout_ids)})
+    return {
+        row.payout_id: History(row.attempt_no, row.outcome, row.reference, row.submits_refused, row.look_ups)
+        for row in rows
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class NewAttempt:
+    """A call that is about to be made."""
+
+    payout_id: UUID
+    shop_id: UUID
+    attempt_no: int
+    action: str
+    rail: str
+    reference: str
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedAttempt:
+    """How a call ended."""
+
+    payout_id: UUID
+    shop_id: UUID
+    attempt_no: int
+    outcome: str
+    detail: str | None
+
+
+async def append_attempts(tx: Tx, attempts: Sequence[NewAttempt]) -> None:
+    """Write down calls before they are made."""
+    if attempts:
+        await tx.execute(_APPEND_ATTEMPTS, _arrays(attempts, NewAttempt))
+
+
+async def finish_attempts(tx: Tx, attempts: Sequence[FinishedAttempt]) -> None:
+    """Write down how calls ended. Repeat: the first outcome of an attempt stands."""
+    if attempts:
+        await tx.execute(_FINISH_ATTEMPTS, _arrays(attempts, FinishedAttempt))
+
+
+async def lock_due(tx: Tx, payout_ids: Collection[UUID]) -> dict[UUID, UUID | None]:
+    """Lock due rows until the transaction ends; the lease token of each that still exists.
+
+    Locks: due rows in payout id order; they come before payouts and accounts.
+    """
+    rows = await tx.execute(_LOCK_DUE, {"ids": list(payout_ids)})
+    return {row.payout_id: row.lease_token for row in rows}
+
+
+async def delete_due(tx: Tx, payout_ids: Collection[UUID]) -> None:
+    """Nothing is left to do for these payouts."""
+    if payout_ids:
+        await tx.execute(_DELETE_DUE, {"ids": list(payout_ids)})
+
+
+async def reschedule_due(tx: Tx, delays_seconds: Mapping[UUID, float]) -> None:
+    """Give payouts back, to be due again after that many seconds."""
+    if delays_seconds:
+        await tx.execute(_RESCHEDULE_DUE, {"ids": list(delays_seconds), "delays": list(delays_seconds.values())})
+
+
+def _arrays(rows: Sequence[Any], kind: type[Any]) -> dict[str, list[Any]]:
+    return {name: [getattr(row, name) for row in rows] for name in kind.__dataclass_fields__}

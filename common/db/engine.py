@@ -1,0 +1,112 @@
+"""The way into PostgreSQL: connections with their limits, transactions with a bounded repeat, errors translated once."""
+
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, InterfaceError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from common.errors import AccountBusy, DatabaseUnavailable
+from common.settings import Settings
+
+Tx = AsyncConnection
+Engine = AsyncEngine
+_T = TypeVar("_T")
+
+# PostgreSQL, appendix A. Repeated as a whole: the transaction did not happen.
+_REPEATABLE: Final = frozenset({"40001", "40P01"})
+_LOCK_NOT_AVAILABLE: Final = "55P03"
+# Connection classes, shutdown and crash recovery, no free connection, a statement past its time-out, a standby.
+_UNAVAILABLE_CLASSES: Final = ("08", "53", "57")
+_READ_ONLY: Final = "25006"
+
+ATTEMPTS_MAX: Final = 5
+
+
+def driver_url(database_url: str) -> str:
+    """The URL as SQLAlchemy wants it, whatever PostgreSQL scheme it came with."""
+    return make_url(database_url).set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
+
+
+def create_engine(settings: Settings, *, role: str, application: str) -> Engine:
+    """A pool whose sessions act as `role`, with time-outs on everything that can wait. Connects on first use."""
+    milliseconds = {
+        "lock_timeout": settings.database_lock_timeout_seconds,
+        "statement_timeout": settings.database_statement_timeout_seconds,
+        "idle_in_transaction_session_timeout": settings.database_statement_timeout_seconds,
+    }
+    return create_async_engine(
+        driver_url(settings.database_url),
+        pool_size=settings.database_pool_max,
+        max_overflow=0,
+        pool_timeout=settings.database_connect_timeout_seconds,
+        connect_args={
+            "timeout": settings.database_connect_timeout_seconds,
+            # The client's own deadline, for a server that no longer answers at all.
+            "command_timeout": settings.database_statement_timeout_seconds + 5,
+            "server_settings": {
+                "role": role,
+                "application_name": application,
+                "search_path": "public",
+                "timezone": "UTC",
+                "jit": "off",
+                # A generic plan made while a table was small would stay until somebody analyses it.
+                "plan_cache_mode": "force_custom_plan",
+                **{name: str(int(seconds * 1000)) for name, seconds in milliseconds.items()},
+            },
+        },
+    )
+
+
+async def in_transaction(engine: Engine, work: Callable[[Tx], Awaitable[_T]], attempts_max: int = ATTEMPTS_MAX) -> _T:
+    """Commit what `work` returns, roll back what it raises. READ COMMITTED.
+
+    Repeat: the whole of `work`, with jitter, after a serialization failure, a deadlock or a lost connection, at most
+    `attempts_max` times. A connection lost during COMMIT leaves the outcome unknown, so `work` must be written for that:
+    a row under its lock tells whether the first time counted.
+    Raises: `DatabaseUnavailable`, `AccountBusy` when a lock was not to be had, and whatever `work` raises.
+    """
+    async for attempt in AsyncRetrying(
+        stop=stop_after_attempt(attempts_max),
+        wait=wait_random_exponential(multiplier=0.02, max=0.5),
+        retry=retry_if_exception(_worth_repeating),
+        reraise=True,
+    ):
+        with attempt:
+            try:
+                async with engine.begin() as tx:
+                    return await work(tx)
+            except (DBAPIError, PoolTimeout, OSError, TimeoutError) as error:
+                raise _translate(error) from error
+    raise AssertionError("unreachable: the loop returns or raises")
+
+
+def sqlstate(error: BaseException) -> str | None:
+    """The SQLSTATE of a database error, or None when there is none."""
+    state = getattr(getattr(error, "orig", None), "sqlstate", None)
+    return state if isinstance(state, str) else None
+
+
+def constraint_name(error: BaseException) -> str | None:
+    """The name of the constraint that refused a write, or None when it was none."""
+    cause = getattr(getattr(error, "orig", None), "__cause__", None)
+    name = getattr(cause, "constraint_name", None)
+    return name if isinstance(name, str) else None
+
+
+def _worth_repeating(error: BaseException) -> bool:
+    return sqlstate(error) in _REPEATABLE or isinstance(error, DatabaseUnavailable)
+
+
+def _translate(error: Exception) -> Exception:
+    state = sqlstate(error)
+    if state == _LOCK_NOT_AVAILABLE:
+        return AccountBusy()
+    if not isinstance(error, DBAPIError) or error.connection_invalidated or isinstance(error, InterfaceError):
+        return DatabaseUnavailable()
+    if state is not None and (state.startswith(_UNAVAILABLE_CLASSES) or state == _READ_ONLY):
+        return DatabaseUnavailable()
+    return error

@@ -1,0 +1,236 @@
+"""Merchants, their shops and their API keys."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, func, insert, select, update
+
+from common.db.engine import Tx
+from common.db.tables import accounts, api_key_shops, api_keys, merchants, shops
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """What authentication needs to know of a key. The secret is sealed for (merchant, key)."""
+
+    id: UUID
+    merchant_id: UUID
+    merchant_status: str
+    secret_sealed: bytes
+    v1_only: bool
+    scopes: frozenset[str]
+    allowed_networks: tuple[str, ...] | None
+    shop_ids: frozenset[UUID]
+    expires_at: datetime | None
+    revoked_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shop:
+    """A shop as the gateway resolves it. `payment_data_schema` is a JSON Schema or None."""
+
+    id: UUID
+    merchant_id: UUID
+    account_id: int
+    code: str
+    currency: str
+    currency_exponent: int
+    rail: str
+    payment_data_schema: dict[str, Any] | None
+
+
+async def find_api_key(tx: Tx, public_id: str) -> ApiKey | None:
+    """The key behind `X-API-Key`, live or not; the caller judges."""
+    row = (
+        await tx.execute(
+            select(api_keys, merchants.c.status.label("merchant_status"))
+            .join(merchants, merchants.c.id == api_keys.c.merchant_id)
+            .where(api_keys.c.public_id == public_id)
+        )
+    ).one_or_none()
+    if row is None:
+        return None
+    shop_ids = await tx.scalars(select(api_key_shops.c.shop_id).where(api_key_shops.c.api_key_id == row.id))
+    return ApiKey(
+        id=row.id,
+        merchant_id=row.merchant_id,
+        merchant_status=row.merchant_status,
+        secret_sealed=row.secret_sealed,
+        v1_only=row.v1_only,
+        scopes=frozenset(row.scopes),
+        allowed_networks=None if row.allowed_networks is None else tuple(map(str, row.allowed_networks)),
+        shop_ids=frozenset(shop_ids),
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+    )
+
+
+async def find_active_shop(tx: Tx, merchant_id: UUID, code: str | None) -> Shop | None:
+    """The merchant's active shop of that code; without a code, the default one."""
+    row = (
+        await tx.execute(
+            select(shops, accounts.c.id.label("account_id"))
+            .join(accounts, accounts.c.shop_id == shops.c.id)
+            .where(shops.c.merchant_id == merchant_id, shops.c.status == "active")
+            .where(shops.c.is_default if code is None else shops.c.code == code)
+        )
+    ).one_or_none()
+    if row is None:
+        return None
+    return Shop(
+        id=row.id,
+        merchant_id=row.merchant_id,
+        account_id=row.account_id,
+        code=row.code,
+        currency=row.currency,
+        currency_exponent=row.currency_exponent,
+        rail=row.rail,
+        payment_data_schema=row.payment_data_schema,
+    )
+
+
+async def find_merchant_id(tx: Tx, code: str) -> UUID | None:
+    """The merchant of that code."""
+    return await tx.scalar(select(merchants.c.id).where(merchants.c.code == code))
+
+
+async def find_shop_by_codes(tx: Tx, merchant_code: str, shop_code: str) -> Row[*tuple[Any, ...]] | None:
+    """A shop, active or not, with its account's id, for operators."""
+    return (
+        await tx.execute(
+            select(
+                shops.c.id, shops.c.code, shops.c.currency, shops.c.currency_exponent, accounts.c.id.label("account_id")
+            )
+            .join(merchants, merchants.c.id == shops.c.merchant_id)
+            .join(accounts, accounts.c.shop_id == shops.c.id)
+            .where(merchants.c.code == merchant_code, shops.c.code == shop_code)
+        )
+    ).one_or_none()
+
+
+async def append_merchant(tx: Tx, *, merchant_id: UUID, code: str, name: str) -> None:
+    """A new merchant, active. Raises: `IntegrityError` (`merchants_code_key`) when the code is taken."""
+    await tx.execute(insert(merchants).values(id=merchant_id, code=code, name=name))
+
+
+async def append_shop(
+    tx: Tx,
+    *,
+    shop_id: UUID,
+    merchant_id: UUID,
+    code: str,
+    currency: str,
+    currency_exponent: int,
+    rail: str,
+    is_default: bool,
+    webhook_url: str | None,
+    webhook_secret_sealed: bytes,
+    payment_data_schema: dict[str, Any] | None,
+) -> int:
+    """A new shop with its empty account; returns the account's id.
+
+    Raises: `IntegrityError` (`shops_merchant_id_code_key`, `shops_one_default_per_merchant`).
+    """
+    await tx.execute(
+        insert(shops).values(
+            id=shop_id,
+            merchant_id=merchant_id,
+            code=code,
+            currency=currency,
+            currency_exponent=currency_exponent,
+            rail=rail,
+            is_default=is_default,
+            webhook_url=webhook_url,
+            webhook_secret_sealed=webhook_secret_sealed,
+            **({} if payment_data_schema is None else {"payment_data_schema": payment_data_schema}),
+        )
+    )
+    account_id: int = (
+        await tx.execute(insert(accounts).values(shop_id=shop_id, currency=currency).returning(accounts.c.id))
+    ).scalar_one()
+    return account_id
+
+
+async def append_api_key(
+    tx: Tx,
+    *,
+    key_id: UUID,
+    public_id: str,
+    merchant_id: UUID,
+    secret_sealed: bytes,
+    scopes: Sequence[str],
+    v1_only: bool,
+    allowed_networks: Sequence[str] | None,
+    expires_at: datetime | None,
+    shop_ids: Sequence[UUID],
+) -> None:
+    """A new key; with `shop_ids` it opens those shops only."""
+    await tx.execute(
+        insert(api_keys).values(
+            id=key_id,
+            public_id=public_id,
+            merchant_id=merchant_id,
+            secret_sealed=secret_sealed,
+            scopes=list(scopes),
+            v1_only=v1_only,
+            allowed_networks=None if allowed_networks is None else list(allowed_networks),
+            expires_at=expires_at,
+        )
+    )
+    if shop_ids:
+        rows = [{"api_key_id": key_id, "merchant_id": merchant_id, "shop_id": shop_id} for shop_id in shop_ids]
+        await tx.execute(insert(api_key_shops), rows)
+
+
+async def save_api_key_revoked(tx: Tx, public_id: str) -> bool:
+    """Revoke a key now. Repeat: the first time stands. Returns whether there is such a key."""
+    revoked = await tx.execute(
+        update(api_keys)
+        .where(api_keys.c.public_id == public_id)
+        .values(revoked_at=func.coalesce(api_keys.c.revoked_at, func.now()))
+    )
+    return revoked.rowcount == 1
+
+
+async def list_shops(tx: Tx, merchant_code: str | None) -> Sequence[Row[*tuple[Any, ...]]]:
+    """Shops with their merchants' codes, oldest first."""
+    query = (
+        select(
+            merchants.c.code.label("merchant"),
+            shops.c.code,
+            shops.c.currency,
+            shops.c.status,
+            shops.c.is_default,
+            shops.c.rail,
+            shops.c.webhook_url,
+            shops.c.created_at,
+        )
+        .join(merchants, merchants.c.id == shops.c.merchant_id)
+        .order_by(shops.c.created_at, shops.c.id)
+    )
+    if merchant_code is not None:
+        query = query.where(merchants.c.code == merchant_code)
+    return (await tx.execute(query)).all()
+
+
+async def list_api_keys(tx: Tx, merchant_code: str | None) -> Sequence[Row[*tuple[Any, ...]]]:
+    """Keys without their secrets, oldest first."""
+    query = (
+        select(
+            merchants.c.code.label("merchant"),
+            api_keys.c.public_id,
+            api_keys.c.scopes,
+            api_keys.c.v1_only,
+            api_keys.c.expires_at,
+            api_keys.c.revoked_at,
+            api_keys.c.created_at,
+        )
+        .join(merchants, merchants.c.id == api_keys.c.merchant_id)
+        .order_by(api_keys.c.created_at, api_keys.c.id)
+    )
+    if merchant_code is not None:
+        query = query.where(merchants.c.code == merchant_code)
+    return (await tx.execute(query)).all()

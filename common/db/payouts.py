@@ -1,0 +1,258 @@
+"""Payouts: how they come to be, how they move, how they are found.
+
+A payout and the entry that holds or resolves its money are always written by one statement: the schema's checks run at the
+end of a statement and see both halves.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, select, text
+
+from common.db.engine import Tx
+from common.db.tables import payouts
+from common.domain.ledger import Entry
+from common.domain.payout import State
+
+
+@dataclass(frozen=True, slots=True)
+class Payout:
+    """A payout as it stands. Amounts in minor units; the recipient only masked."""
+
+    id: UUID
+    shop_id: UUID
+    external_id: str
+    amount_minor: int
+    currency: str
+    recipient_masked: str
+    recipient_digest: bytes
+    payment_data_digest: bytes | None
+    callback_url: str | None
+    details: dict[str, Any] | None
+    state: State
+    failure_code: str | None
+    provider_reference: str | None
+    created_at: datetime
+    updated_at: datetime
+    finalized_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewPayout:
+    """Everything that is stored of an accepted payout, and the entry that holds its money."""
+
+    id: UUID
+    shop_id: UUID
+    account_id: int
+    external_id: str
+    amount_minor: int
+    currency: str
+    recipient_sealed: bytes
+    recipient_masked: str
+    recipient_digest: bytes
+    payment_data_digest: bytes | None
+    callback_url: str | None
+    details: str | None
+    rail: str
+    hold: Entry
+
+
+_SHOWN = tuple(payouts.c[name] for name in Payout.__dataclass_fields__)
+
+# LATERAL with LIMIT: one index probe per id, also on a table that nobody has analysed.
+_FIND_BY_EXTERNAL_IDS = text(
+    f"""
+    SELECT p.* FROM unnest(CAST(:shop_ids AS uuid[]), CAST(:external_ids AS text[])) AS wanted (shop_id, external_id)
+     CROSS JOIN LATERAL (
+       SELECT {", ".join(column.name for column in _SHOWN)} FROM payouts
+        WHERE payouts.shop_id = wanted.shop_id AND payouts.external_id = wanted.external_id LIMIT 1) p
+    """
+)
+
+_APPEND_ACCEPTED = text(
+    """
+    WITH accepted AS (
+      SELECT * FROM unnest(
+        CAST(:id AS uuid[]), CAST(:shop_id AS uuid[]), CAST(:account_id AS bigint[]), CAST(:external_id AS text[]),
+        CAST(:amount_minor AS bigint[]), CAST(:currency AS text[]), CAST(:recipient_sealed AS bytea[]),
+        CAST(:recipient_masked AS text[]), CAST(:recipient_digest AS bytea[]), CAST(:payment_data_digest AS bytea[]),
+        CAST(:callback_url AS text[]), CAST(:details AS text[]), CAST(:rail AS text[]), CAST(:seq AS bigint[]),
+        CAST(:posted_after_minor AS bigint[]), CAST(:held_after_minor AS bigint[]))
+      AS a (id, shop_id, account_id, external_id, amount_minor, currency, recipient_sealed, recipient_masked,
+            recipient_digest, payment_data_digest, callback_url, details, rail, seq, posted_after_minor,
+            held_after_minor)),
+    due AS (
+      INSERT INTO payout_due (payout_id, shop_id, rail) SELECT id, shop_id, rail FROM accepted),
+    holds AS (
+      INSERT INTO entries (account_id, seq, shop_id, kind, contra, amount_minor, posted_delta_minor, held_delta_minor,
+                           posted_after_minor, held_after_minor, payout_id)
+      SELECT account_id, seq, shop_id, 'hold', 'holds', amount_minor, 0, amount_minor,
+             posted_after_minor, held_after_minor, id FROM accepted)
+    INSERT INTO payouts (id, shop_id, account_id, external_id, amount_minor, currency, recipient_sealed,
+                         recipient_masked, recipient_digest, payment_data_digest, callback_url, details, hold_seq)
+    SELECT id, shop_id, account_id, external_id, amount_minor, currency, recipient_sealed, recipient_masked,
+           recipient_digest, payment_data_digest, callback_url, CAST(details AS jsonb), seq FROM accepted
+    """
+)
+
+
+async def find_by_external_ids(tx: Tx, wanted: Collection[tuple[UUID, str]]) -> dict[tuple[UUID, str], Payout]:
+    """The payouts that exist of those (shop, external_id)."""
+    rows = await tx.execute(
+        _FIND_BY_EXTERNAL_IDS,
+        {"shop_ids": [shop_id for shop_id, _ in wanted], "external_ids": [external_id for _, external_id in wanted]},
+    )
+    found = (_payout(row) for row in rows)
+    return {(payout.shop_id, payout.external_id): payout for payout in found}
+
+
+async def find_payout(tx: Tx, shop_id: UUID, external_id: str) -> Payout | None:
+    """One payout of a shop, by the merchant's own id."""
+    row = (
+        await tx.execute(select(*_SHOWN).where(payouts.c.shop_id == shop_id, payouts.c.external_id == external_id))
+    ).one_or_none()
+    return None if row is None else _payout(row)
+
+
+async def append_accepted(tx: Tx, accepted: Sequence[NewPayout]) -> None:
+    """Payout, hold and obligation to settle: all of each, in one statement.
+
+    Locks: the caller holds the accounts, so no other create of these shops can come between.
+    """
+    columns = (
+        "id",
+        "shop_id",
+        "account_id",
+        "external_id",
+        "amount_minor",
+        "currency",
+        "recipient_sealed",
+        "recipient_masked",
+        "recipient_digest",
+        "payment_data_digest",
+        "callback_url",
+        "details",
+        "rail",
+    )
+    arrays: dict[str, list[Any]] = {name: [getattr(payout, name) for payout in accepted] for name in columns}
+    for name in ("seq", "posted_after_minor", "held_after_minor"):
+        arrays[name] = [getattr(payout.hold, name) for payout in accepted]
+    await tx.execute(_APPEND_ACCEPTED, arrays)
+
+
+def _payout(row: Row[Any]) -> Payout:
+    values = dict(row._mapping)
+    return Payout(**{**values, "state": State(values["state"])})
+
+
+@dataclass(frozen=True, slots=True)
+class LockedPayout:
+    """A payout whose row we hold, with what is needed to send it, to move it and to tell of it."""
+
+    id: UUID
+    shop_id: UUID
+    account_id: int
+    external_id: str
+    amount_minor: int
+    currency: str
+    recipient_sealed: bytes
+    callback_url: str | None
+    state: State
+    version: int
+    provider_reference: str | None
+    shop_code: str
+    currency_exponent: int
+    webhook_url: str | None
+    locked_at: datetime
+
+
+_LOCK_PAYOUTS = text(
+    """
+    SELECT p.id, p.shop_id, p.account_id, p.external_id, p.amount_minor, p.currency, p.recipient_sealed,
+           p.callback_url, p.state, p.version, p.provider_reference, s.code AS shop_code, s.currency_exponent,
+           s.webhook_url, now() AS locked_at
+      FROM payouts p JOIN shops s ON s.id = p.shop_id
+     WHERE p.id = ANY (CAST(:ids AS uuid[])) ORDER BY p.id FOR NO KEY UPDATE OF p
+    """
+)
+
+
+async def lock_payouts(tx: Tx, payout_ids: Collection[UUID]) -> list[LockedPayout]:
+    """Lock payouts until the transaction ends; the newest values of each.
+
+    Locks: payouts in id order. Due rows come before, accounts after.
+    """
+    rows = await tx.execute(_LOCK_PAYOUTS, {"ids": list(payout_ids)})
+    return [LockedPayout(**{**row._mapping, "state": State(row.state)}) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A payout's next state, and the entry that resolves its hold when that state is final."""
+
+    payout: LockedPayout
+    state: State
+    failure_code: str | None = None
+    provider_reference: str | None = None
+    resolution: Entry | None = None
+
+    @property
+    def version(self) -> int:
+        """The version the payout has after the move; also the `sequence` of what is told about it."""
+        return self.payout.version + 1
+
+
+_SAVE_MOVES = text(
+    """
+    WITH moved AS (
+      SELECT * FROM unnest(
+        CAST(:id AS uuid[]), CAST(:shop_id AS uuid[]), CAST(:account_id AS bigint[]), CAST(:amount_minor AS bigint[]),
+        CAST(:state AS text[]), CAST(:version AS int[]), CAST(:failure_code AS text[]),
+        CAST(:provider_reference AS text[]), CAST(:seq AS bigint[]), CAST(:kind AS text[]), CAST(:contra AS text[]),
+        CAST(:posted_delta_minor AS bigint[]), CAST(:held_delta_minor AS bigint[]),
+        CAST(:posted_after_minor AS bigint[]), CAST(:held_after_minor AS bigint[]))
+      AS m (id, shop_id, account_id, amount_minor, state, version, failure_code, provider_reference, seq, kind, contra,
+            posted_delta_minor, held_delta_minor, posted_after_minor, held_after_minor)),
+    resolutions AS (
+      INSERT INTO entries (account_id, seq, shop_id, kind, contra, amount_minor, posted_delta_minor, held_delta_minor,
+                           posted_after_minor, held_after_minor, payout_id)
+      SELECT account_id, seq, shop_id, kind, contra, amount_minor, posted_delta_minor, held_delta_minor,
+             posted_after_minor, held_after_minor, id FROM moved WHERE seq IS NOT NULL)
+    UPDATE payouts p
+       SET state = m.state, version = m.version, failure_code = m.failure_code,
+           provider_reference = coalesce(m.provider_reference, p.provider_reference),
+           resolution_seq = m.seq, updated_at = now(),
+           finalized_at = CASE WHEN m.seq IS NOT NULL THEN now() END
+      FROM moved m WHERE p.id = m.id AND p.shop_id = m.shop_id
+    """
+)
+
+
+async def save_moves(tx: Tx, moves: Sequence[Move]) -> None:
+    """Give payouts their next state, together with the entries that resolve the holds of those that end.
+
+    Locks: the caller holds the payouts, and the accounts of those that end.
+    """
+    if not moves:
+        return
+    arrays: dict[str, list[Any]] = {
+        name: [getattr(move.payout, name) for move in moves] for name in ("id", "shop_id", "account_id", "amount_minor")
+    }
+    arrays |= {
+        name: [getattr(move, name) for move in moves]
+        for name in ("state", "version", "failure_code", "provider_reference")
+    }
+    for name in (
+        "seq",
+        "kind",
+        "contra",
+        "posted_delta_minor",
+        "held_delta_minor",
+        "posted_after_minor",
+        "held_after_minor",
+    ):
+        arrays[name] = [None if move.resolution is None else getattr(move.resolution, name) for move in moves]
+    await tx.execute(_SAVE_MOVES, arrays)

@@ -1,0 +1,241 @@
+"""The tables as the code sees them. The migrations own the schema; a test compares the two column by column."""
+
+from typing import Any
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    Uuid,
+)
+from sqlalchemy.dialects.postgresql import CIDR, INET, JSONB
+from sqlalchemy.types import TypeEngine
+
+metadata = MetaData()
+
+_TIME = DateTime(timezone=True)
+
+
+def _required(name: str, kind: TypeEngine[Any]) -> Column[Any]:
+    return Column(name, kind, nullable=False)
+
+
+def _optional(name: str, kind: TypeEngine[Any]) -> Column[Any]:
+    return Column(name, kind, nullable=True)
+
+
+merchants = Table(
+    "merchants",
+    metadata,
+    _required("id", Uuid()),
+    _required("code", Text()),
+    _required("name", Text()),
+    _required("status", Text()),
+    _required("created_at", _TIME),
+)
+
+shops = Table(
+    "shops",
+    metadata,
+    _required("id", Uuid()),
+    _required("merchant_id", Uuid()),
+    _required("code", Text()),
+    _required("currency", Text()),
+    _required("currency_exponent", SmallInteger()),
+    _required("status", Text()),
+    _required("is_default", Boolean()),
+    _required("rail", Text()),
+    _optional("webhook_url", Text()),
+    _required("webhook_secret_sealed", LargeBinary()),
+    _optional("payment_data_schema", JSONB()),
+    _required("created_at", _TIME),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    _required("id", Uuid()),
+    _required("public_id", Text()),
+    _required("merchant_id", Uuid()),
+    _required("secret_sealed", LargeBinary()),
+    _required("v1_only", Boolean()),
+    _required("scopes", ARRAY(Text())),
+    _optional("allowed_networks", ARRAY(CIDR())),
+    _optional("expires_at", _TIME),
+    _optional("revoked_at", _TIME),
+    _required("created_at", _TIME),
+)
+
+api_key_shops = Table(
+    "api_key_shops",
+    metadata,
+    _required("api_key_id", Uuid()),
+    _required("merchant_id", Uuid()),
+    _required("shop_id", Uuid()),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    _required("id", BigInteger()),
+    _required("at", _TIME),
+    _required("actor", Text()),
+    _required("action", Text()),
+    _required("subject", Text()),
+    _optional("reason", Text()),
+    _optional("detail", JSONB()),
+)
+
+accounts = Table(
+    "accounts",
+    metadata,
+    _required("id", BigInteger()),
+    _required("shop_id", Uuid()),
+    _required("currency", Text()),
+    _required("posted_minor", BigInteger()),
+    _required("held_minor", BigInteger()),
+    _required("credit_limit_minor", BigInteger()),
+    _required("last_seq", BigInteger()),
+)
+
+entries = Table(
+    "entries",
+    metadata,
+    _required("account_id", BigInteger()),
+    _required("seq", BigInteger()),
+    _required("shop_id", Uuid()),
+    _required("kind", Text()),
+    _required("contra", Text()),
+    _required("amount_minor", BigInteger()),
+    _required("posted_delta_minor", BigInteger()),
+    _required("held_delta_minor", BigInteger()),
+    _required("posted_after_minor", BigInteger()),
+    _required("held_after_minor", BigInteger()),
+    _optional("payout_id", Uuid()),
+    _optional("audit_id", BigInteger()),
+    _required("created_at", _TIME),
+)
+
+payouts = Table(
+    "payouts",
+    metadata,
+    _required("id", Uuid()),
+    _required("shop_id", Uuid()),
+    _required("account_id", BigInteger()),
+    _required("external_id", Text()),
+    _required("amount_minor", BigInteger()),
+    _required("currency", Text()),
+    _required("recipient_sealed", LargeBinary()),
+    _required("recipient_masked", Text()),
+    _required("recipient_digest", LargeBinary()),
+    _optional("payment_data_digest", LargeBinary()),
+    _optional("callback_url", Text()),
+    _optional("details", JSONB(none_as_null=True)),
+    _required("state", Text()),
+    _required("version", Integer()),
+    _optional("failure_code", Text()),
+    _optional("provider_reference", Text()),
+    _required("hold_seq", BigInteger()),
+    _optional("resolution_seq", BigInteger()),
+    _required("created_at", _TIME),
+    _required("updated_at", _TIME),
+    _optional("finalized_at", _TIME),
+)
+
+payout_due = Table(
+    "payout_due",
+    metadata,
+    _required("payout_id", Uuid()),
+    _required("shop_id", Uuid()),
+    _required("rail", Text()),
+    _required("due_at", _TIME),
+    _optional("lease_token", Uuid()),
+)
+
+payout_attempts = Table(
+    "payout_attempts",
+    metadata,
+    _required("payout_id", Uuid()),
+    _required("shop_id", Uuid()),
+    _required("attempt_no", Integer()),
+    _required("action", Text()),
+    _required("rail", Text()),
+    _required("reference", Text()),
+    _required("started_at", _TIME),
+    _optional("finished_at", _TIME),
+    _optional("outcome", Text()),
+    _optional("detail", Text()),
+)
+
+events = Table(
+    "events",
+    metadata,
+    _required("id", Uuid()),
+    _required("shop_id", Uuid()),
+    _required("payout_id", Uuid()),
+    _required("sequence", Integer()),
+    _required("type", Text()),
+    _required("body", LargeBinary()),
+    _required("created_at", _TIME),
+)
+
+callbacks = Table(
+    "callbacks",
+    metadata,
+    _required("event_id", Uuid()),
+    _required("shop_id", Uuid()),
+    _required("payout_id", Uuid()),
+    _required("url", Text()),
+    _required("state", Text()),
+    _required("created_at", _TIME),
+    _optional("finished_at", _TIME),
+)
+
+callback_due = Table(
+    "callback_due",
+    metadata,
+    _required("event_id", Uuid()),
+    _required("shop_id", Uuid()),
+    _required("due_at", _TIME),
+    _required("step", Integer()),
+    _required("attempts_made", Integer()),
+    _optional("lease_token", Uuid()),
+)
+
+callback_attempts = Table(
+    "callback_attempts",
+    metadata,
+    _required("event_id", Uuid()),
+    _required("shop_id", Uuid()),
+    _required("attempt_no", Integer()),
+    _required("started_at", _TIME),
+    _required("duration_ms", Integer()),
+    _optional("http_status", Integer()),
+    _optional("error", Text()),
+    _optional("response_excerpt", LargeBinary()),
+    _optional("address", INET()),
+    _required("late", Boolean()),
+)
+
+sandbox_payments = Table(
+    "payments",
+    metadata,
+    _required("reference", Text()),
+    _required("amount_minor", BigInteger()),
+    _required("currency", Text()),
+    _required("state", Text()),
+    _optional("failure_code", Text()),
+    _required("authoritative", Boolean()),
+    _required("submits", Integer()),
+    _optional("settles_at", _TIME),
+    _required("created_at", _TIME),
+    schema="sandbox",
+)
