@@ -1,0 +1,1 @@
+"""The HTTP side: authenticates, validates, accepts, answers."""

@@ -1,0 +1,60 @@
+"""`python -m gateway`: one gateway process. Start as many as you like; they share the port (SO_REUSEPORT)."""
+
+import asyncio
+import os
+import signal
+import sys
+
+import uvloop
+from aiohttp import web
+
+from common.admin import Readiness, admin_server
+from common.log import LogEvent, configure_logging, get_logger
+from common.settings import Settings, SettingsInvalid
+from gateway.app import create_app
+from migrations.run import newest_revision
+
+KEEPALIVE_SECONDS = 75
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what was begun."""
+    readiness = Readiness()
+    app = create_app(settings, readiness, schema_revision=newest_revision())
+    # Bodies stay as received: they are what was signed.
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        auto_decompress=False,
+        keepalive_timeout=KEEPALIVE_SECONDS,
+        shutdown_timeout=settings.drain_seconds,
+    )
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with admin_server(settings.admin_port, readiness):
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, settings.host, settings.port, reuse_port=True).start()
+            get_logger().info(LogEvent.PROCESS_STARTED, port=settings.port)
+            await stop.wait()
+            readiness.leave()
+        finally:
+            await runner.cleanup()
+    get_logger().info(LogEvent.PROCESS_STOPPED)
+
+
+def main() -> int:
+    """Exit code 2: the settings make no sense."""
+    try:
+        settings = Settings.from_environ(os.environ)
+    except SettingsInvalid as error:
+        print(f"gateway: {error}", file=sys.stderr)
+        return 2
+    configure_logging(settings.log_format, process="gateway")
+    uvloop.run(serve(settings))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

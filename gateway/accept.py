@@ -1,0 +1,308 @@
+"""Group commit: creates that arrive while a transaction is in flight are decided by the next one, together.
+
+One transaction locks the accounts of its batch, reads which ids exist already, decides in arrival order and writes only what
+was accepted. It is written to be repeated: a row with our own id is ours, so when COMMIT's answer is lost, running the
+batch again tells what happened (the account's lock makes it wait for the first try to end).
+"""
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, Final
+from uuid import UUID
+
+from common.batching import flush_by_halves, settle_future
+from common.db.engine import Engine, Tx, constraint_name, in_transaction
+from common.db.ledger import LockedAccount, lock_accounts
+from common.db.merchants import Shop
+from common.db.payouts import NewPayout, Payout, append_accepted, find_by_external_ids
+from common.domain.ledger import Entry, EntryKind
+from common.domain.money import render_amount
+from common.domain.payout import State
+from common.errors import (
+    AccessDenied,
+    ExternalIdReused,
+    InsufficientBalance,
+    InvalidApiKey,
+    InvariantViolated,
+    Overloaded,
+    PayoutsError,
+    ShopNotFound,
+)
+from common.log import LogEvent, get_logger
+
+_ATTEMPTS_MAX: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One create, ready to be decided: everything that is stored but the money's place in the ledger."""
+
+    id: UUID
+    shop: Shop
+    external_id: str
+    amount_minor: int
+    recipient_sealed: bytes = field(repr=False)
+    recipient_masked: str
+    recipient_digest: bytes = field(repr=False)
+    payment_data_digest: bytes | None = field(repr=False)
+    callback_url: str | None
+    details: dict[str, Any] | None
+
+    @property
+    def details_json(self) -> str | None:
+        """The details as they are stored."""
+        return None if self.details is None else json.dumps(self.details)
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A payout that exists: just created, or before (`replayed`)."""
+
+    payout: Payout
+    replayed: bool
+
+
+Verdict = Accepted | PayoutsError
+
+
+@dataclass(slots=True)
+class _Waiting:
+    order: Order
+    future: asyncio.Future[Accepted]
+
+
+class Acceptor:
+    """Accepts payouts. Creates of one shop always wait in one line; lines share a few committers.
+
+    A shop whose account somebody else holds gets a line and a committer of its own until it has caught up, so it delays
+    only itself.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        committers: int,
+        busy_committers: int,
+        batch_max: int,
+        queue_max: int,
+        wait_seconds: float,
+    ) -> None:
+        self._engine = engine
+        self._batch_max = batch_max
+        self._queue_max = queue_max
+        self._wait_seconds = wait_seconds
+        self._lines = [_Line() for _ in range(committers)]
+        self._busy_lines: dict[UUID, _Line] = {}
+        self._busy_slots = asyncio.Semaphore(busy_committers)
+        self._waiting_count = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def accept(self, order: Order) -> Accepted:
+        """Decide one create durably, exactly once per (shop, external_id).
+
+        A caller that goes away cancels nothing. After `wait_seconds` an order that no transaction has taken yet is
+        withdrawn; one that is in flight is left to end, its outcome unknown to the caller.
+        Raises: `Overloaded`, `AccountBusy`, `DatabaseUnavailable`; `ExternalIdReused`, `InsufficientBalance`,
+        `ShopNotFound`, `AccessDenied`, `InvalidApiKey`; `InvariantViolated`.
+        """
+        if self._waiting_count >= self._queue_max:
+            raise Overloaded
+        waiting = _Waiting(order, asyncio.get_running_loop().create_future())
+        self._waiting_count += 1
+        waiting.future.add_done_callback(self._forget)
+        shop_id = order.shop.id
+        line = self._busy_lines.get(shop_id) or self._lines[shop_id.int % len(self._lines)]
+        line.waiting.append(waiting)
+        if not line.running:
+            line.running = True
+            self._start(self._run_line(line))
+        done, _ = await asyncio.wait({waiting.future}, timeout=self._wait_seconds)
+        if not done:
+            waiting.future.cancel()
+            raise Overloaded
+        return waiting.future.result()
+
+    async def close(self, deadline_seconds: float) -> None:
+        """Let every transaction in flight end, for at most that long."""
+        started = monotonic()
+        while self._tasks and (left := deadline_seconds - (monotonic() - started)) > 0:
+            await asyncio.wait(self._tasks, timeout=left)
+
+    def _forget(self, _future: asyncio.Future[Accepted]) -> None:
+        self._waiting_count -= 1
+
+    def _start(self, run: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(run)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run_line(self, line: "_Line") -> None:
+        try:
+            while batch := line.take(self._batch_max):
+                for waiting in await self._commit(batch, wait=False):
+                    self._to_busy_line(waiting)
+        finally:
+            line.running = False
+
+    def _to_busy_line(self, waiting: _Waiting) -> None:
+        shop_id = waiting.order.shop.id
+        line = self._busy_lines.get(shop_id)
+        if line is None:
+            line = self._busy_lines[shop_id] = _Line(running=True)
+            self._start(self._run_busy_line(shop_id, line))
+        line.waiting.append(waiting)
+
+    async def _run_busy_line(self, shop_id: UUID, line: "_Line") -> None:
+        try:
+            while line.waiting:
+                async with self._busy_slots:
+                    if batch := line.take(self._batch_max):
+                        await self._commit(batch, wait=True)
+        finally:
+            del self._busy_lines[shop_id]
+
+    async def _commit(self, batch: list[_Waiting], *, wait: bool) -> list[_Waiting]:
+        """Decide a batch in one transaction and settle it; returns those whose account somebody else holds."""
+
+        async def decide(orders: Sequence[Order]) -> list[Verdict | None]:
+            return await in_transaction(
+                self._engine, lambda tx: decide_batch(tx, orders, wait=wait), attempts_max=_ATTEMPTS_MAX
+            )
+
+        busy = []
+        verdicts = await flush_by_halves(decide, [waiting.order for waiting in batch])
+        for waiting, verdict in zip(batch, verdicts, strict=True):
+            if verdict is None:
+                busy.append(waiting)
+            else:
+                settle_future(waiting.future, _ours(verdict, waiting.order))
+        return busy
+
+
+def _ours(verdict: Accepted | Exception, order: Order) -> Accepted | Exception:
+    """What the caller may see: errors of ours as they are, any other only as `InvariantViolated`, and in the log."""
+    if isinstance(verdict, Accepted | PayoutsError):
+        return verdict
+    get_logger().error(
+        LogEvent.ACCEPT_BATCH_FAILED,
+        payout_id=str(order.id),
+        error=type(verdict).__name__,
+        constraint=constraint_name(verdict),
+    )
+    return InvariantViolated()
+
+
+@dataclass(slots=True)
+class _Line:
+    waiting: deque[_Waiting] = field(default_factory=deque)
+    running: bool = False
+
+    def take(self, count: int) -> list[_Waiting]:
+        """The next few that are still wanted."""
+        batch: list[_Waiting] = []
+        while self.waiting and len(batch) < count:
+            waiting = self.waiting.popleft()
+            if not waiting.future.done():
+                batch.append(waiting)
+        return batch
+
+
+async def decide_batch(tx: Tx, orders: Sequence[Order], *, wait: bool) -> list[Verdict | None]:
+    """Decide orders in their order, and write those that are accepted: payout, hold and due row.
+
+    Locks: the accounts of the batch, in id order. With `wait` false, accounts that somebody else holds are left out.
+    Repeat: an order whose payout exists with its own id was accepted by an earlier try.
+    Returns: a verdict per order; None where the account was left out.
+    """
+    locked = await lock_accounts(tx, {order.shop.account_id for order in orders}, wait=wait)
+    ours = [order for order in orders if order.shop.account_id in locked]
+    existing = await find_by_external_ids(tx, {(order.shop.id, order.external_id) for order in ours}) if ours else {}
+    accepted: list[NewPayout] = []
+    verdicts: list[Verdict | None] = []
+    for order in orders:
+        account = locked.get(order.shop.account_id)
+        verdicts.append(None if account is None else _decide(order, account, existing, accepted))
+    if accepted:
+        await append_accepted(tx, accepted)
+    return verdicts
+
+
+def _decide(
+    order: Order, locked: LockedAccount, existing: dict[tuple[UUID, str], Payout], accepted: list[NewPayout]
+) -> Verdict:
+    """One order, after those before it: `existing` and the account already know them."""
+    if locked.merchant_status == "closed":
+        return InvalidApiKey()
+    if locked.merchant_status != "active":
+        return AccessDenied()
+    if locked.shop_status != "active":
+        return ShopNotFound(order.shop.code)
+    payout = existing.get((order.shop.id, order.external_id))
+    if payout is not None:
+        differing = _differing_fields(order, payout)
+        return ExternalIdReused(differing) if differing else Accepted(payout, replayed=payout.id != order.id)
+    account, exponent = locked.account, order.shop.currency_exponent
+    if order.amount_minor > account.spendable_minor:
+        return InsufficientBalance(
+            render_amount(order.amount_minor, exponent), render_amount(account.spendable_minor, exponent)
+        )
+    payout = _new_payout(order, locked)
+    existing[order.shop.id, order.external_id] = payout
+    accepted.append(_stored(order, account.append(EntryKind.HOLD, order.amount_minor)))
+    return Accepted(payout, replayed=False)
+
+
+def _differing_fields(order: Order, payout: Payout) -> list[str]:
+    """The fields of the content in which an order differs from the payout that has its id."""
+    pairs = {
+        "amount": (order.amount_minor, payout.amount_minor),
+        "currency": (order.shop.currency, payout.currency),
+        "card_number": (order.recipient_digest, payout.recipient_digest),
+        "paymentData": (order.payment_data_digest, payout.payment_data_digest),
+    }
+    return [name for name, (ours, stored) in pairs.items() if ours != stored]
+
+
+def _new_payout(order: Order, locked: LockedAccount) -> Payout:
+    return Payout(
+        id=order.id,
+        shop_id=order.shop.id,
+        external_id=order.external_id,
+        amount_minor=order.amount_minor,
+        currency=order.shop.currency,
+        recipient_masked=order.recipient_masked,
+        recipient_digest=order.recipient_digest,
+        payment_data_digest=order.payment_data_digest,
+        callback_url=order.callback_url,
+        details=order.details,
+        state=State.QUEUED,
+        failure_code=None,
+        provider_reference=None,
+        created_at=locked.locked_at,
+        updated_at=locked.locked_at,
+        finalized_at=None,
+    )
+
+
+def _stored(order: Order, hold: Entry) -> NewPayout:
+    return NewPayout(
+        id=order.id,
+        shop_id=order.shop.id,
+        account_id=order.shop.account_id,
+        external_id=order.external_id,
+        amount_minor=order.amount_minor,
+        currency=order.shop.currency,
+        recipient_sealed=order.recipient_sealed,
+        recipient_masked=order.recipient_masked,
+        recipient_digest=order.recipient_digest,
+        payment_data_digest=order.payment_data_digest,
+        callback_url=order.callback_url,
+        details=order.details_json,
+        rail=order.shop.rail,
+        hold=hold,
+    )

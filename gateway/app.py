@@ -1,0 +1,182 @@
+"""The gateway's composition root: routes with what each demands, and the life of everything they use."""
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+from uuid import uuid4
+
+import structlog
+from aiohttp import web
+
+from common.admin import Readiness, livez, readyz
+from common.db.engine import create_engine
+from common.domain.times import render_time
+from common.errors import (
+    BodyTooLarge,
+    FieldError,
+    InvalidRequest,
+    InvariantViolated,
+    MethodNotAllowed,
+    PayoutsError,
+    RouteNotFound,
+    UnsupportedMediaType,
+)
+from common.log import LogEvent, get_logger
+from common.settings import Settings
+from gateway.accept import Acceptor
+from gateway.auth import Authenticator, Caller, read_credentials
+from gateway.balance import show_balance
+from gateway.errors import render_error
+from gateway.keys import ACCEPTOR, AUTHENTICATOR, ENGINE, KEYRING, SETTINGS
+from gateway.payouts import create_payout, show_payout
+
+PREFIX: Final = "/api/v1"
+BODY_BYTES_MAX: Final = 64 * 1024
+
+Handler = Callable[[web.Request, Caller, bytes], Awaitable[web.Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A route and what it demands. `body_formula`: whether it opens to the older signature too."""
+
+    method: str
+    path: str
+    scope: str
+    body_formula: bool
+    handle: Handler
+
+
+ENDPOINTS: Final = (
+    Endpoint("POST", "/payouts", "payouts:write", True, create_payout),
+    Endpoint("GET", "/payouts/{external_id}", "payouts:read", True, show_payout),
+    Endpoint("GET", "/balance", "balance:read", True, show_balance),
+)
+
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{8,64}", re.ASCII)
+REQUEST_ID: Final = "X-Request-Id"
+
+
+def create_app(settings: Settings, readiness: Readiness, *, schema_revision: str) -> web.Application:
+    """The application; connects to nothing before it starts."""
+    app = web.Application(middlewares=[answer], client_max_size=BODY_BYTES_MAX)
+    app[SETTINGS] = settings
+    app[KEYRING] = settings.keyring
+    app.cleanup_ctx.append(_resources(readiness, schema_revision))
+    app.router.add_get("/livez", livez)
+    app.router.add_get("/readyz", readyz(readiness))
+    for endpoint in ENDPOINTS:
+        app.router.add_route(endpoint.method, PREFIX + endpoint.path, _guarded(endpoint))
+    return app
+
+
+def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Application], AsyncIterator[None]]:
+    async def resources(app: web.Application) -> AsyncIterator[None]:
+        settings = app[SETTINGS]
+        engine = app[ENGINE] = create_engine(settings, role="payouts_gateway", application="payouts-gateway")
+        app[AUTHENTICATOR] = Authenticator(
+            engine,
+            app[KEYRING],
+            cache_seconds=settings.key_cache_seconds,
+            requests_per_second_max=settings.key_requests_per_second_max,
+        )
+        app[ACCEPTOR] = Acceptor(
+            engine,
+            committers=settings.accept_committers,
+            # Half of what is left of the pool; the rest is for reads.
+            busy_committers=max(1, (settings.database_pool_max - settings.accept_committers) // 2),
+            batch_max=settings.accept_batch_max,
+            queue_max=settings.accept_queue_max,
+            wait_seconds=settings.accept_wait_seconds_max,
+        )
+        waiting = asyncio.create_task(readiness.wait_for_schema(engine, schema_revision))
+        yield
+        waiting.cancel()
+        await app[ACCEPTOR].close(settings.drain_seconds)
+        await app[AUTHENTICATOR].close()
+        await engine.dispose()
+
+    return resources
+
+
+def _guarded(endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.Response]]:
+    """The handler behind authentication: no route can forget it."""
+
+    async def handle(request: web.Request) -> web.Response:
+        settings = request.app[SETTINGS]
+        credentials = read_credentials(request, now=time.time(), window_seconds=settings.signature_window_seconds)
+        body = await _read_body(request, settings.body_timeout_seconds)
+        caller = await request.app[AUTHENTICATOR].authenticate(
+            request, credentials, body, scope=endpoint.scope, body_formula=endpoint.body_formula
+        )
+        if endpoint.method == "POST" and body and request.content_type != "application/json":
+            raise UnsupportedMediaType
+        return await endpoint.handle(request, caller, body)
+
+    return handle
+
+
+async def _read_body(request: web.Request, timeout_seconds: float) -> bytes:
+    """The body as received. Raises: `BodyTooLarge`, `InvalidRequest` when it does not arrive in time."""
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            return await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise BodyTooLarge from None
+    except TimeoutError:
+        raise InvalidRequest(FieldError("body", "Request body was not received in time")) from None
+
+
+@web.middleware
+async def answer(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Around every request: its id, its one log line, and the contract's shape for whatever went wrong."""
+    started = time.monotonic()
+    sent_id = request.headers.get(REQUEST_ID, "")
+    request_id = sent_id if _REQUEST_ID.fullmatch(sent_id) else uuid4().hex
+    with structlog.contextvars.bound_contextvars(request_id=request_id):
+        response, reason = await _answer(request, handler, request_id)
+        response.headers[REQUEST_ID] = request_id
+        get_logger().info(
+            LogEvent.REQUEST_ANSWERED,
+            method=request.method,
+            route=_route(request),
+            status=response.status,
+            reason=reason,
+            duration_ms=round((time.monotonic() - started) * 1000, 1),
+        )
+    return response
+
+
+async def _answer(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]], request_id: str
+) -> tuple[web.StreamResponse, str | None]:
+    headers = {}
+    try:
+        return await handler(request), None
+    except PayoutsError as raised:
+        error = raised
+    except web.HTTPMethodNotAllowed as raised:
+        error, headers = MethodNotAllowed(), {"Allow": ", ".join(sorted(raised.allowed_methods))}
+    except web.HTTPNotFound:
+        error = RouteNotFound()
+    except Exception:
+        get_logger().exception(LogEvent.REQUEST_CRASHED)
+        error = InvariantViolated()
+    response = render_error(error, request_id=request_id, server_time=render_time(datetime.now(UTC)))
+    response.headers.update(headers)
+    if not request.content.is_eof():
+        # Whatever of the body is still under way would be taken for the next request.
+        response.force_close()
+    return response, error.reason
+
+
+def _route(request: web.Request) -> str:
+    """The route's pattern, never the path: paths carry merchants' ids."""
+    resource = request.match_info.route.resource
+    return "-" if resource is None else resource.canonical

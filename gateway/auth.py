@@ -1,0 +1,206 @@
+"""Who is asking: API keys, the two signature formulas, scopes and networks, and the shop a request is about."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import ip_address, ip_network
+from typing import Final
+from uuid import UUID
+
+from aiohttp import web
+from async_lru import alru_cache
+
+from common.db.engine import Engine, in_transaction
+from common.db.merchants import ApiKey, Shop, find_active_shop, find_api_key
+from common.domain.signing import V1_PREFIX, parse_timestamp, sign_body, sign_v1, signatures_equal
+from common.errors import (
+    AccessDenied,
+    ApiKeyRequired,
+    DefaultShopMissing,
+    InvalidApiKey,
+    InvalidSignature,
+    InvalidTimestampFormat,
+    RateLimited,
+    ShopNotFound,
+    SignatureRequired,
+    TimestampRequired,
+    TimestampWindowExceeded,
+)
+from common.sealing import API_KEY_PURPOSE, Keyring, SealBroken
+
+# Entries each cache may hold; unknown keys and shops are cached too, so that asking for them costs no more.
+_CACHE_MAX: Final = 10_000
+_DUMMY_SECRET: Final = "sk_of_nobody_the_work_of_checking_is_the_same"  # noqa: S105 opens nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """The three headers, as sent, after the checks that need nothing else."""
+
+    public_id: str
+    timestamp: str
+    signature: str
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """An authenticated merchant and what its key may do."""
+
+    merchant_id: UUID
+    key: ApiKey
+
+
+@dataclass(frozen=True, slots=True)
+class LiveKey:
+    """A key that can sign, with its secret in the clear; only ever in memory."""
+
+    key: ApiKey
+    secret: str
+
+    def __repr__(self) -> str:
+        return f"LiveKey({self.key.id})"
+
+
+def read_credentials(request: web.Request, *, now: float, window_seconds: float) -> Credentials:
+    """The headers that authenticate, checked in the contract's order.
+
+    Raises: `ApiKeyRequired`, `TimestampRequired`, `SignatureRequired`, `InvalidTimestampFormat`,
+    `TimestampWindowExceeded`.
+    """
+    headers = request.headers
+    public_id, timestamp, signature = (headers.get(f"X-{name}", "") for name in ("API-Key", "Timestamp", "Signature"))
+    if not public_id:
+        raise ApiKeyRequired
+    if not timestamp:
+        raise TimestampRequired
+    if not signature:
+        raise SignatureRequired
+    signed_at = parse_timestamp(timestamp)
+    if signed_at is None:
+        raise InvalidTimestampFormat
+    if abs(now - signed_at) > window_seconds:
+        raise TimestampWindowExceeded
+    return Credentials(public_id, timestamp, signature)
+
+
+class Authenticator:
+    """Judges callers and finds their shops; both are remembered for at most `cache_seconds`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        keyring: Keyring,
+        *,
+        cache_seconds: float,
+        requests_per_second_max: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._engine = engine
+        self._keyring = keyring
+        self._clock = clock
+        self._find_key = alru_cache(maxsize=_CACHE_MAX, ttl=cache_seconds)(self._load_key)
+        self._find_shop = alru_cache(maxsize=_CACHE_MAX, ttl=cache_seconds)(self._load_shop)
+        self._rates = _Rates(requests_per_second_max)
+
+    async def close(self) -> None:
+        """Stop loading; forget everything."""
+        await self._find_key.cache_close()
+        await self._find_shop.cache_close()
+
+    async def authenticate(
+        self, request: web.Request, credentials: Credentials, body: bytes, *, scope: str, body_formula: bool
+    ) -> Caller:
+        """The caller behind a request. `body_formula`: whether this route opens to the older formula.
+
+        An unknown key costs the same work as a known one, and is answered before a wrong signature.
+        Raises: `InvalidApiKey`, `InvalidSignature`, `AccessDenied`, `RateLimited`, `DatabaseUnavailable`.
+        """
+        live = await self._find_key(credentials.public_id)
+        secret = _DUMMY_SECRET if live is None else live.secret
+        signed = _signature_holds(secret, request, credentials, body, body_formula=body_formula)
+        if live is None or not self._is_live(live.key):
+            raise InvalidApiKey
+        if not signed or (live.key.v1_only and not credentials.signature.startswith(V1_PREFIX)):
+            raise InvalidSignature
+        if scope not in live.key.scopes or live.key.merchant_status == "suspended":
+            raise AccessDenied
+        if live.key.allowed_networks is not None and not _within(request.remote, live.key.allowed_networks):
+            raise AccessDenied
+        self._rates.count(live.key.id, now=self._clock())
+        return Caller(live.key.merchant_id, live.key)
+
+    async def resolve_shop(self, caller: Caller, code: str | None) -> Shop:
+        """The caller's active shop of that code, or its default one.
+
+        Raises: `ShopNotFound`, `DefaultShopMissing`, `DatabaseUnavailable`.
+        """
+        shop = await self._find_shop(caller.merchant_id, code)
+        if shop is not None and (not caller.key.shop_ids or shop.id in caller.key.shop_ids):
+            return shop
+        if code is None:
+            raise DefaultShopMissing
+        raise ShopNotFound(code)
+
+    def _is_live(self, key: ApiKey) -> bool:
+        now = self._clock()
+        ends = [moment.timestamp() for moment in (key.expires_at, key.revoked_at) if moment is not None]
+        return key.merchant_status != "closed" and all(now < end for end in ends)
+
+    async def _load_key(self, public_id: str) -> LiveKey | None:
+        if "\x00" in public_id or not public_id.isprintable():
+            return None
+        key = await in_transaction(self._engine, lambda tx: find_api_key(tx, public_id))
+        if key is None:
+            return None
+        try:
+            secret = self._keyring.open(
+                key.secret_sealed, owner=key.merchant_id, row=key.id, purpose=API_KEY_PURPOSE
+            ).decode()
+        except SealBroken:
+            return None
+        return LiveKey(key, secret)
+
+    async def _load_shop(self, merchant_id: UUID, code: str | None) -> Shop | None:
+        if code is not None and ("\x00" in code or not code.isprintable()):
+            return None
+        return await in_transaction(self._engine, lambda tx: find_active_shop(tx, merchant_id, code))
+
+
+def _signature_holds(
+    secret: str, request: web.Request, credentials: Credentials, body: bytes, *, body_formula: bool
+) -> bool:
+    if credentials.signature.startswith(V1_PREFIX):
+        path, _, query = request.raw_path.partition("?")
+        expected = sign_v1(secret, credentials.timestamp, request.method, path, query, body)
+        return signatures_equal(expected, credentials.signature)
+    expected = sign_body(secret, credentials.timestamp, body)
+    return signatures_equal(expected, credentials.signature) and body_formula
+
+
+def _within(remote: str | None, networks: tuple[str, ...]) -> bool:
+    if remote is None:
+        return False
+    address = ip_address(remote.partition("%")[0])
+    address = getattr(address, "ipv4_mapped", None) or address
+    return any(address in ip_network(network) for network in networks)
+
+
+class _Rates:
+    """Requests of each key in the running second; exact enough to keep one client from taking a whole process."""
+
+    def __init__(self, per_second_max: int) -> None:
+        self._per_second_max = per_second_max
+        self._counts: OrderedDict[UUID, tuple[int, int]] = OrderedDict()
+
+    def count(self, key_id: UUID, *, now: float) -> None:
+        """Count one request. Raises: `RateLimited` when the key has had its share of this second."""
+        if self._per_second_max == 0:
+            return
+        second, count = self._counts.pop(key_id, (int(now), 0))
+        count = count + 1 if second == int(now) else 1
+        self._counts[key_id] = (int(now), count)
+        if len(self._counts) > _CACHE_MAX:
+            self._counts.popitem(last=False)
+        if count > self._per_second_max:
+            raise RateLimited

@@ -1,0 +1,15 @@
+"""Typed keys of what the application carries; here, so that handlers need not import the application."""
+
+from aiohttp import web
+
+from common.db.engine import Engine
+from common.sealing import Keyring
+from common.settings import Settings
+from gateway.accept import Acceptor
+from gateway.auth import Authenticator
+
+SETTINGS = web.AppKey("SETTINGS", Settings)
+ENGINE = web.AppKey("ENGINE", Engine)
+KEYRING = web.AppKey("KEYRING", Keyring)
+AUTHENTICATOR = web.AppKey("AUTHENTICATOR", Authenticator)
+ACCEPTOR = web.AppKey("ACCEPTOR", Acceptor)

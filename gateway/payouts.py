@@ -1,0 +1,98 @@
+"""`POST /payouts` and `GET /payouts/{external_id}`."""
+
+import json
+import time
+
+from aiohttp import web
+from jsonschema import Draft202012Validator
+
+from common.db.engine import in_transaction
+from common.db.merchants import Shop
+from common.db.payouts import find_payout
+from common.domain.ids import new_id
+from common.domain.money import parse_amount
+from common.domain.payout import mask_recipient
+from common.errors import FieldError, InvalidRequest, PayoutNotFound, ShopCurrencyMismatch
+from common.recipients import Recipient, seal_recipient
+from common.sealing import Keyring
+from gateway.accept import Order
+from gateway.auth import Caller
+from gateway.errors import json_response
+from gateway.keys import ACCEPTOR, AUTHENTICATOR, ENGINE, KEYRING, SETTINGS
+from gateway.schemas import AMOUNT_INVALID, CreatePayout, parse_create_payout, render_payout
+
+
+async def create_payout(request: web.Request, caller: Caller, body: bytes) -> web.Response:
+    """`POST /payouts`: 201 when the payout, the hold of its money and the order to send it are committed.
+
+    Repeat: the same content answers 200 with the payout as it is now.
+    """
+    app = request.app
+    settings = app[SETTINGS]
+    create = parse_create_payout(
+        body, private_callbacks=settings.callback_private_addresses, callback_ports=settings.callback_ports
+    )
+    shop = await app[AUTHENTICATOR].resolve_shop(caller, create.shop_code)
+    order = place_order(create, shop, app[KEYRING], now=time.time())
+    accepted = await app[ACCEPTOR].accept(order)
+    return json_response(
+        render_payout(accepted.payout, shop),
+        status=200 if accepted.replayed else 201,
+        headers={"Idempotent-Replayed": "true"} if accepted.replayed else None,
+    )
+
+
+async def show_payout(request: web.Request, caller: Caller, _body: bytes) -> web.Response:
+    """`GET /payouts/{external_id}`: the payout as it is now, in the scope of the resolved shop."""
+    app = request.app
+    shop = await app[AUTHENTICATOR].resolve_shop(caller, request.query.get("shop_code"))
+    external_id = request.match_info["external_id"]
+    payout = None
+    if "\x00" not in external_id:
+        payout = await in_transaction(app[ENGINE], lambda tx: find_payout(tx, shop.id, external_id))
+    if payout is None:
+        raise PayoutNotFound
+    return json_response(render_payout(payout, shop))
+
+
+def place_order(create: CreatePayout, shop: Shop, keyring: Keyring, *, now: float) -> Order:
+    """Judge what only the shop can tell, and seal the recipient. `now` is Unix seconds.
+
+    Raises: `ShopCurrencyMismatch`, `InvalidRequest` for the amount's scale and for payment data against the shop's schema.
+    """
+    if create.currency != shop.currency:
+        raise ShopCurrencyMismatch(shop.currency)
+    amount_minor = parse_amount(create.amount, shop.currency_exponent)
+    if amount_minor is None:
+        raise InvalidRequest(AMOUNT_INVALID)
+    _judge_payment_data(create, shop)
+    payout_id = new_id()
+    recipient = Recipient(create.recipient, create.payment_data)
+    return Order(
+        id=payout_id,
+        shop=shop,
+        external_id=create.external_id,
+        amount_minor=amount_minor,
+        recipient_sealed=seal_recipient(keyring, recipient, shop_id=shop.id, payout_id=payout_id, now=now),
+        recipient_masked=mask_recipient(create.recipient),
+        recipient_digest=keyring.digest(f"recipient|{create.recipient}", owner=shop.id),
+        payment_data_digest=None
+        if create.payment_data is None
+        else keyring.digest(
+            "payment data|" + json.dumps(create.payment_data, sort_keys=True, separators=(",", ":")), owner=shop.id
+        ),
+        callback_url=create.callback_url,
+        details=create.details or None,
+    )
+
+
+def _judge_payment_data(create: CreatePayout, shop: Shop) -> None:
+    """Names the fields that break the shop's schema; the validator's own words would repeat their values."""
+    if shop.payment_data_schema is None:
+        return
+    validator = Draft202012Validator(shop.payment_data_schema)
+    paths = {
+        ".".join(("paymentData", *map(str, e.absolute_path))) for e in validator.iter_errors(create.payment_data or {})
+    }
+    if paths:
+        raise InvalidRequest(*(FieldError(path, "Invalid paymentData") for path in sorted(paths)))

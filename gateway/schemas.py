@@ -1,0 +1,257 @@
+"""Bytes in, values out, and back: the strict JSON of requests, the fields of a create, the JSON of a payout."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+from common.domain.addresses import parse_callback_url
+
+from common.db.merchants import Shop
+from common.db.payouts import Payout
+from common.domain.ids import PAYOUT, render_id
+from common.domain.money import CURRENCY_EXPONENTS, parse_amount, render_amount
+from common.domain.payout import render_failure
+from common.domain.times import render_time
+from common.errors import FieldError, InvalidRequest
+
+DEPTH_MAX: Final = 32
+METADATA_MAX: Final = 20
+METADATA_KEY_CHARACTERS_MAX: Final = 64
+METADATA_VALUE_CHARACTERS_MAX: Final = 500
+# Fields that are only kept and shown again, with their greatest length in characters.
+_TEXT_FIELDS: Final = {"description": 500, "merchant_user_id": 128, "merchant_user_ip": 64}
+# Before the shop is known, an amount that fits any currency passes.
+_EXPONENTS: Final = sorted(set(CURRENCY_EXPONENTS.values()))
+
+AMOUNT_INVALID: Final = FieldError("amount", "amount must be a positive decimal string")
+
+_EXTERNAL_ID: Final = re.compile(r"(?!\.+\Z)[A-Za-z0-9._:-]{1,128}", re.ASCII)
+_RECIPIENT: Final = re.compile(r"[A-Za-z0-9._:@+-]{4,128}", re.ASCII)
+_SHOP_CODE: Final = re.compile(r"[^\x00-\x1f\x7f]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class CreatePayout:
+    """A create whose fields are in order. The amount is still text: its scale is the shop's currency's."""
+
+    external_id: str
+    amount: str
+    currency: str
+    recipient: str
+    callback_url: str | None
+    shop_code: str | None
+    payment_data: dict[str, Any] | None
+    details: dict[str, Any]
+
+
+def parse_json_object(body: bytes) -> dict[str, Any]:
+    """The object a body holds. Raises: `InvalidRequest` (field `body`) for anything but one plain JSON object:
+    bad UTF-8, a key twice, NaN, NUL or a lone surrogate in a string, nesting deeper than `DEPTH_MAX`.
+
+    Source: RFC 8259; section 4 leaves equal keys undefined, so we refuse them.
+    """
+    try:
+        value = _DECODER.decode(body.decode("utf-8"))
+    except UnicodeDecodeError:
+        _refuse_body("Request body must be UTF-8")
+    except _KeyTwice:
+        _refuse_body("Request body must not have a key twice")
+    except (ValueError, RecursionError):
+        _refuse_body("Request body must be valid JSON")
+    if not isinstance(value, dict):
+        _refuse_body("Request body must be a JSON object")
+    if b"\\" in body or body.count(b"{") + body.count(b"[") > DEPTH_MAX:
+        _judge_tree(value)
+    return value
+
+
+class _KeyTwice(ValueError):
+    pass
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise _KeyTwice
+    return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("out of range")
+    return number
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique_pairs, parse_float=_finite, parse_constant=_no_constant)
+
+
+def _judge_tree(value: Any) -> None:
+    """Depth and strings of a whole tree. Only escapes can bring what plain text cannot, so most bodies need no walk."""
+    level = [value]
+    for _ in range(DEPTH_MAX):
+        level = [child for node in level for child in _children(node)]
+        if not level:
+            return
+    _refuse_body(f"Request body must not be nested deeper than {DEPTH_MAX}")
+
+
+def _children(node: Any) -> Iterator[Any]:
+    children = [*node, *node.values()] if isinstance(node, dict) else node if isinstance(node, list) else ()
+    for child in children:
+        if isinstance(child, str):
+            if "\x00" in child or any("\ud800" <= letter <= "\udfff" for letter in child):
+                _refuse_body("Request body must not contain NUL or lone surrogates")
+        elif isinstance(child, dict | list):
+            yield child
+
+
+def _refuse_body(message: str) -> NoReturn:
+    raise InvalidRequest(FieldError("body", message))
+
+
+def parse_create_payout(body: bytes, *, private_callbacks: bool, callback_ports: frozenset[int]) -> CreatePayout:
+    """The fields of `POST /payouts`. Raises: `InvalidRequest` with every field that is wrong, in the contract's order."""
+    fields = _Fields(parse_json_object(body))
+    create = CreatePayout(
+        external_id=fields.external_id(),
+        amount=fields.amount(),
+        currency=fields.currency(),
+        recipient=fields.recipient(),
+        callback_url=fields.callback_url(private_callbacks, callback_ports),
+        shop_code=fields.shop_code(),
+        payment_data=fields.payment_data(),
+        details=fields.details(),
+    )
+    if fields.errors:
+        raise InvalidRequest(*fields.errors)
+    return create
+
+
+class _Fields:
+    """Reads fields one by one and gathers what is wrong with them; a refused field reads as an empty value."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+        self.errors: list[FieldError] = []
+
+    def _refuse(self, field: str, message: str) -> None:
+        self.errors.append(FieldError(field, message))
+
+    def external_id(self) -> str:
+        value = self._values.get("external_id")
+        if not isinstance(value, str) or not value:
+            self._refuse("external_id", "external_id is required")
+        elif not _EXTERNAL_ID.fullmatch(value):
+            self._refuse("external_id", "external_id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -")
+        return str(value)
+
+    def amount(self) -> str:
+        value = self._values.get("amount")
+        if all(parse_amount(value, exponent) is None for exponent in _EXPONENTS):
+            self.errors.append(AMOUNT_INVALID)
+        return str(value)
+
+    def currency(self) -> str:
+        value = self._values.get("currency")
+        if not isinstance(value, str) or not value:
+            self._refuse("currency", "currency is required")
+        return str(value)
+
+    def recipient(self) -> str:
+        value = self._values.get("card_number")
+        if not isinstance(value, str) or not (value := value.replace(" ", "")):
+            self._refuse("card_number", "card_number is required")
+        elif not _RECIPIENT.fullmatch(value):
+            self._refuse("card_number", "card_number is not valid")
+        return str(value)
+
+    def callback_url(self, private_allowed: bool, ports: frozenset[int]) -> str | None:
+        value = self._values.get("callback_url")
+        if value is None:
+            return None
+        url = parse_callback_url(value, private_allowed=private_allowed, ports=ports)
+        if url is None:
+            self._refuse("callback_url", "callback_url must be a valid URL")
+        return url
+
+    def shop_code(self) -> str | None:
+        value = self._values.get("shop_code")
+        if value is None:
+            return None
+        if not isinstance(value, str) or not _SHOP_CODE.fullmatch(value):
+            self._refuse("shop_code", "shop_code must be a string of 1 to 64 characters")
+        return str(value)
+
+    def payment_data(self) -> dict[str, Any] | None:
+        """An empty object says nothing and is taken as absent."""
+        value = self._values.get("paymentData")
+        if value is not None and not isinstance(value, dict):
+            self._refuse("paymentData", "paymentData must be an object")
+            return None
+        return value or None
+
+    def details(self) -> dict[str, Any]:
+        """What is only kept and shown again."""
+        details = {
+            name: self._text(name, characters_max)
+            for name, characters_max in _TEXT_FIELDS.items()
+            if self._values.get(name) is not None
+        }
+        metadata = self._values.get("metadata")
+        if metadata is not None and not _is_metadata(metadata):
+            self._refuse("metadata", f"metadata must be an object of at most {METADATA_MAX} strings")
+        elif metadata:
+            details["metadata"] = metadata
+        return details
+
+    def _text(self, name: str, characters_max: int) -> str:
+        value = self._values[name]
+        if not isinstance(value, str) or len(value) > characters_max:
+            self._refuse(name, f"{name} must be a string of at most {characters_max} characters")
+        return str(value)
+
+
+def _is_metadata(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) <= METADATA_MAX
+        and all(
+            len(key) <= METADATA_KEY_CHARACTERS_MAX
+            and isinstance(text, str)
+            and len(text) <= METADATA_VALUE_CHARACTERS_MAX
+            for key, text in value.items()
+        )
+    )
+
+
+def render_payout(payout: Payout, shop: Shop) -> dict[str, Any]:
+    """A payout as merchants see it; what is absent is left out, and the recipient is masked."""
+    details = payout.details or {}
+    shown = {
+        "id": render_id(PAYOUT, payout.id),
+        "external_id": payout.external_id,
+        "shop_code": shop.code,
+        "status": payout.state.status,
+        "stage": payout.state.stage,
+        "amount": render_amount(payout.amount_minor, shop.currency_exponent),
+        "currency": payout.currency,
+        "card_number": payout.recipient_masked,
+        "callback_url": payout.callback_url,
+        "transaction_type": "payout",
+        **{name: details.get(name) for name in _TEXT_FIELDS},
+        "metadata": details.get("metadata", {}),
+        "failure": None if payout.failure_code is None else render_failure(payout.failure_code),
+        "provider_reference": payout.provider_reference,
+        "created_at": render_time(payout.created_at),
+        "updated_at": render_time(payout.updated_at),
+        "finalization_date": None if payout.finalized_at is None else render_time(payout.finalized_at),
+    }
+    return {name: value for name, value in shown.items() if value is not None}
