@@ -1,0 +1,213 @@
+"""Bringing merchants in: merchants, shops with their accounts, keys, money. Each change is one audited transaction.
+
+The command line and the local stack both stand on this; what it returns in the clear is shown once and kept nowhere.
+"""
+
+import base64
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy.exc import IntegrityError
+
+from common.db.engine import Engine, Tx, constraint_name, in_transaction
+from common.db.ledger import append_adjustment, append_audit
+from common.db.merchants import (
+    append_api_key,
+    append_merchant,
+    append_shop,
+    find_merchant_id,
+    find_shop_by_codes,
+    save_api_key_revoked,
+)
+from common.domain.ids import new_id
+from common.domain.money import CURRENCY_EXPONENTS, parse_amount
+from common.domain.signing import WEBHOOK_SECRET_PREFIX
+from common.sealing import API_KEY_PURPOSE, WEBHOOK_SECRET_PURPOSE, Keyring
+
+SCOPES: Final = ("payouts:write", "payouts:read", "payins:write", "payins:read", "balance:read")
+
+_WEBHOOK_SECRET_BYTES: Final = 32  # Standard Webhooks asks for 24 to 64.
+
+
+class OnboardingRefused(Exception):
+    """What was asked cannot be done; the text says why, for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedKey:
+    """A new key. The secret is shown now and never again."""
+
+    public_id: str
+    secret: str = field(repr=False)
+
+
+_TAKEN: Final = {
+    "merchants_code_key": "a merchant of that code exists already",
+    "shops_merchant_id_code_key": "the merchant has a shop of that code already",
+    "shops_one_default_per_merchant": "the merchant has a default shop already",
+}
+
+
+async def _audited(engine: Engine, work: Any) -> Any:
+    try:
+        return await in_transaction(engine, work)
+    except IntegrityError as error:
+        raise OnboardingRefused(_TAKEN.get(constraint_name(error) or "", "the database refused it")) from error
+
+
+async def add_merchant(engine: Engine, *, code: str, name: str, actor: str) -> None:
+    """A new merchant. Raises: `OnboardingRefused` when the code is taken or not fit."""
+
+    async def work(tx: Tx) -> None:
+        await append_merchant(tx, merchant_id=new_id(), code=code, name=name)
+        await append_audit(tx, actor=actor, action="merchant.add", subject=code, detail={"name": name})
+
+    await _audited(engine, work)
+
+
+async def add_shop(
+    engine: Engine,
+    keyring: Keyring,
+    *,
+    merchant: str,
+    code: str,
+    currency: str,
+    rail: str,
+    is_default: bool,
+    webhook_url: str | None,
+    payment_data_schema: dict[str, Any] | None,
+    actor: str,
+) -> str:
+    """A new shop with an empty account. Returns its webhook secret. Raises: `OnboardingRefused`."""
+    exponent = CURRENCY_EXPONENTS.get(currency)
+    if exponent is None:
+        raise OnboardingRefused(f"{currency} is not an ISO 4217 currency")
+    shop_id = new_id()
+    secret = WEBHOOK_SECRET_PREFIX + base64.b64encode(os.urandom(_WEBHOOK_SECRET_BYTES)).decode()
+    sealed = keyring.seal(secret.encode(), owner=shop_id, row=shop_id, purpose=WEBHOOK_SECRET_PURPOSE, now=time.time())
+
+    async def work(tx: Tx) -> None:
+        await append_shop(
+            tx,
+            shop_id=shop_id,
+            merchant_id=await _merchant_id(tx, merchant),
+            code=code,
+            currency=currency,
+            currency_exponent=exponent,
+            rail=rail,
+            is_default=is_default,
+            webhook_url=webhook_url,
+            webhook_secret_sealed=sealed,
+            payment_data_schema=payment_data_schema,
+        )
+        await append_audit(
+            tx,
+            actor=actor,
+            action="shop.add",
+            subject=f"{merchant}/{code}",
+            detail={"currency": currency, "rail": rail},
+        )
+
+    await _audited(engine, work)
+    return secret
+
+
+async def add_key(
+    engine: Engine,
+    keyring: Keyring,
+    *,
+    merchant: str,
+    shops: Sequence[str] = (),
+    scopes: Sequence[str] = SCOPES,
+    v1_only: bool = False,
+    networks: Sequence[str] = (),
+    expires_at: datetime | None = None,
+    actor: str,
+) -> IssuedKey:
+    """A new API key of a merchant; with `shops`, for those only. Raises: `OnboardingRefused`."""
+    key_id = new_id()
+    issued = IssuedKey(f"pk_{secrets.token_hex(16)}", f"sk_{secrets.token_urlsafe(32)}")
+
+    async def work(tx: Tx) -> None:
+        merchant_id = await _merchant_id(tx, merchant)
+        shop_ids = [(await _shop(tx, merchant, code)).id for code in shops]
+        await append_api_key(
+            tx,
+            key_id=key_id,
+            public_id=issued.public_id,
+            merchant_id=merchant_id,
+            secret_sealed=keyring.seal(
+                issued.secret.encode(), owner=merchant_id, row=key_id, purpose=API_KEY_PURPOSE, now=time.time()
+            ),
+            scopes=scopes,
+            v1_only=v1_only,
+            allowed_networks=networks or None,
+            expires_at=expires_at,
+            shop_ids=shop_ids,
+        )
+        await append_audit(
+            tx,
+            actor=actor,
+            action="key.add",
+            subject=issued.public_id,
+            detail={"merchant": merchant, "scopes": list(scopes)},
+        )
+
+    await _audited(engine, work)
+    return issued
+
+
+async def revoke_key(engine: Engine, *, public_id: str, actor: str) -> None:
+    """Revoke a key; gateways follow within their cache time. Raises: `OnboardingRefused` when there is no such key."""
+
+    async def work(tx: Tx) -> None:
+        if not await save_api_key_revoked(tx, public_id):
+            raise OnboardingRefused(f"there is no key {public_id}")
+        await append_audit(tx, actor=actor, action="key.revoke", subject=public_id)
+
+    await _audited(engine, work)
+
+
+async def top_up(engine: Engine, *, merchant: str, shop: str, amount: str, reason: str, actor: str) -> None:
+    """Credit a shop's account: an audit row and a ledger entry. `amount` is a decimal string at the shop's scale.
+
+    Raises: `OnboardingRefused`.
+    """
+
+    async def work(tx: Tx) -> None:
+        found = await _shop(tx, merchant, shop)
+        amount_minor = parse_amount(amount, found.currency_exponent)
+        if amount_minor is None:
+            raise OnboardingRefused(
+                f"amount must be a positive decimal string with at most {found.currency_exponent} decimals"
+            )
+        await append_adjustment(
+            tx,
+            account_id=found.account_id,
+            amount_minor=amount_minor,
+            actor=actor,
+            reason=reason,
+            subject=f"{merchant}/{shop}",
+        )
+
+    await _audited(engine, work)
+
+
+async def _merchant_id(tx: Tx, code: str) -> UUID:
+    merchant_id = await find_merchant_id(tx, code)
+    if merchant_id is None:
+        raise OnboardingRefused(f"there is no merchant {code}")
+    return merchant_id
+
+
+async def _shop(tx: Tx, merchant: str, code: str) -> Any:
+    shop = await find_shop_by_codes(tx, merchant, code)
+    if shop is None:
+        raise OnboardingRefused(f"the merchant {merchant} has no shop {code}")
+    return shop

@@ -1,0 +1,141 @@
+"""What tests need to exist: settings, merchants with money, orders. Every argument is optional and by keyword."""
+
+import base64
+import itertools
+import json
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import text
+
+from common.db.engine import Engine, create_engine, in_transaction
+from common.db.merchants import Shop, find_active_shop, find_merchant_id
+from common.domain.ids import new_id
+from common.domain.payout import mask_recipient
+from common.domain.signing import sign_v1
+from common.recipients import Recipient, seal_recipient
+from common.settings import Settings
+from gateway.accept import Order
+from ops.onboarding import add_key, add_merchant, add_shop, top_up
+
+KEY: Final = base64.b64encode(bytes(range(32))).decode()
+ACTOR: Final = "tests"
+
+_numbers = itertools.count(1)
+
+
+def environment(database_url: str, **overrides: str) -> dict[str, str]:
+    """The environment of a process of ours; short waits, callbacks to this machine allowed."""
+    return {
+        "DATABASE_URL": database_url,
+        "PAYOUTS_MASTER_KEYS": f"1:{KEY}",
+        "PAYOUTS_CONTENT_KEY": KEY,
+        "PAYOUTS_CALLBACK_PRIVATE_ADDRESSES": "1",
+        "PAYOUTS_CALLBACK_PORTS": "",
+        **overrides,
+    }
+
+
+def settings(database_url: str, **overrides: str) -> Settings:
+    """The same, read."""
+    return Settings.from_environ(environment(database_url, **overrides))
+
+
+def engine(database_url: str, *, role: str = "payouts_owner", **overrides: str) -> Engine:
+    """A pool that acts as a role; by default as the owner of everything, which skips every grant."""
+    return create_engine(settings(database_url, **overrides), role=role, application="payouts-tests")
+
+
+@dataclass(frozen=True, slots=True)
+class Merchant:
+    """A merchant with one default shop, its key and its secrets."""
+
+    code: str
+    shop: Shop
+    api_key: str
+    api_secret: str
+    webhook_secret: str
+
+    def headers(
+        self, method: str, path: str, body: bytes = b"", *, query: str = "", timestamp: str | None = None
+    ) -> dict[str, str]:
+        """Headers that sign a request by the v1 formula."""
+        timestamp = timestamp or str(int(time.time()))
+        return {
+            "X-API-Key": self.api_key,
+            "X-Timestamp": timestamp,
+            "X-Signature": sign_v1(self.api_secret, timestamp, method, path, query, body),
+            "Content-Type": "application/json",
+        }
+
+
+async def add_funded_merchant(
+    owner: Engine, config: Settings, *, currency: str = "BDT", funds: str | None = "1000000.00", **shop_options: Any
+) -> Merchant:
+    """A merchant of its own, ready to pay."""
+    code = f"merchant-{next(_numbers)}"
+    await add_merchant(owner, code=code, name=code, actor=ACTOR)
+    options = {"rail": "sandbox", "is_default": True, "webhook_url": None, "payment_data_schema": None} | shop_options
+    webhook_secret = await add_shop(
+        owner, config.keyring, merchant=code, code="shop-001", currency=currency, actor=ACTOR, **options
+    )
+    key = await add_key(owner, config.keyring, merchant=code, actor=ACTOR)
+    if funds is not None:
+        await top_up(owner, merchant=code, shop="shop-001", amount=funds, reason="a test", actor=ACTOR)
+
+    async def find(tx: Any) -> Shop:
+        merchant_id = await find_merchant_id(tx, code)
+        assert merchant_id is not None
+        shop = await find_active_shop(tx, merchant_id, None)
+        assert shop is not None
+        return shop
+
+    return Merchant(code, await in_transaction(owner, find), key.public_id, key.secret, webhook_secret)
+
+
+def create_body(**fields: Any) -> bytes:
+    """The body of a create with a fresh id; a field given as None is left out."""
+    body = {
+        "external_id": f"PAY-{next(_numbers)}",
+        "amount": "10.00",
+        "currency": "BDT",
+        "card_number": "01712345678",
+    } | fields
+    return json.dumps({name: value for name, value in body.items() if value is not None}).encode()
+
+
+def order(config: Settings, shop: Shop, *, payout_id: UUID | None = None, **fields: Any) -> Order:
+    """A create that has passed every check but those of the transaction."""
+    payout_id = payout_id or new_id()
+    recipient = fields.pop("recipient", "01712345678")
+    return Order(
+        **{
+            "id": payout_id,
+            "shop": shop,
+            "external_id": f"PAY-{next(_numbers)}",
+            "amount_minor": 1000,
+            "recipient_sealed": seal_recipient(
+                config.keyring, Recipient(recipient, None), shop_id=shop.id, payout_id=payout_id, now=time.time()
+            ),
+            "recipient_masked": mask_recipient(recipient),
+            "recipient_digest": config.keyring.digest(f"recipient|{recipient}", owner=shop.id),
+            "payment_data_digest": None,
+            "callback_url": None,
+            "details": None,
+        }
+        | fields
+    )
+
+
+async def fetch(owner: Engine, query: str, **values: Any) -> list[Any]:
+    """Rows of a query, asked as the owner."""
+    async with owner.connect() as connection:
+        return list((await connection.execute(text(query), values)).all())
+
+
+async def execute(owner: Engine, statement: str, **values: Any) -> None:
+    """Run a statement as the owner and commit it."""
+    async with owner.begin() as tx:
+        await tx.execute(text(statement), values)

@@ -1,0 +1,1 @@
+"""The working side: settles payouts, tells merchants, watches."""

@@ -1,0 +1,1 @@
+"""Callbacks: claim what is due, send it, record how it went."""

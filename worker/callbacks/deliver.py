@@ -1,0 +1,178 @@
+"""Delivery: claim callbacks under a lease, send the stored bytes, record each attempt. The same three steps as settlement."""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from time import monotonic
+from typing import Final
+from uuid import UUID, uuid4
+
+from aiohttp import ClientSession
+
+from common.batching import Batcher
+from common.db.callbacks import (
+    CallbackAttempt,
+    ClaimedCallback,
+    append_callback_attempts,
+    claim_callbacks,
+    finish_callbacks,
+    lock_callback_due,
+    reschedule_callbacks,
+)
+from common.db.engine import Engine, Tx, in_transaction
+from common.domain.ids import EVENT, render_id
+from common.domain.schedule import callback_delay
+from common.log import LogEvent, get_logger
+from common.sealing import WEBHOOK_SECRET_PURPOSE, Keyring, SealBroken
+from common.settings import Settings
+from worker.callbacks.send import Attempt, render_headers, send_callback
+
+_RECORD_BATCH_MAX: Final = 64
+# Longer than other transactions: an attempt that is not recorded is made again.
+_RECORD_ATTEMPTS_MAX: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A claimed callback and how its attempt went. `luck` in [0, 1) is its share of the jitter."""
+
+    callback: ClaimedCallback
+    token: UUID
+    attempt: Attempt
+    ended_at: float
+    luck: float
+
+
+class Deliverer:
+    """Sends callbacks until told to stop."""
+
+    def __init__(self, engine: Engine, keyring: Keyring, session: ClientSession, settings: Settings) -> None:
+        self._engine = engine
+        self._keyring = keyring
+        self._session = session
+        self._settings = settings
+        self._sends: set[asyncio.Task[None]] = set()
+        self._records: Batcher[Ended, None] = Batcher(self._record, batch_max=_RECORD_BATCH_MAX)
+
+    async def run_round(self) -> bool:
+        """Claim what is due and start sending it. Returns whether there was anything."""
+        settings = self._settings
+        free = settings.callback_concurrency - len(self._sends)
+        if free <= 0:
+            await asyncio.wait(self._sends, return_when=asyncio.FIRST_COMPLETED)
+            return True
+        token, start_until = uuid4(), monotonic() + settings.callback_lease_seconds - settings.callback_timeout_seconds
+        claimed = await in_transaction(
+            self._engine,
+            lambda tx: claim_callbacks(
+                tx, token=token, lease_seconds=settings.callback_lease_seconds, claim_max=min(free, _RECORD_BATCH_MAX)
+            ),
+        )
+        for callback in claimed:
+            task = asyncio.create_task(self._deliver(callback, token, start_until))
+            self._sends.add(task)
+            task.add_done_callback(self._sends.discard)
+        return bool(claimed)
+
+    async def drain(self, deadline_seconds: float) -> None:
+        """Let attempts that are under way end and be recorded, for at most that long; leases take care of the rest."""
+        if self._sends:
+            await asyncio.wait(self._sends, timeout=deadline_seconds)
+
+    async def _deliver(self, callback: ClaimedCallback, token: UUID, start_until: float) -> None:
+        event = render_id(EVENT, callback.event_id)
+        try:
+            headers = self._headers(callback, event)
+        except SealBroken as error:
+            # Our fault, not the merchant's: no attempt is counted, the lease runs out, somebody looks at the log.
+            get_logger().error(LogEvent.CALLBACK_UNSEALABLE, event_id=event, error=str(error))
+            return
+        if monotonic() > start_until:
+            return
+        attempt = await send_callback(
+            self._session, callback.url, headers, callback.body, timeout_seconds=self._settings.callback_timeout_seconds
+        )
+        try:
+            await self._records.submit(Ended(callback, token, attempt, monotonic(), random.random()))  # noqa: S311 jitter
+        except Exception as error:
+            get_logger().error(LogEvent.ROUND_FAILED, round="record", event_id=event, error=type(error).__name__)
+        get_logger().info(
+            LogEvent.CALLBACK_ATTEMPTED,
+            event_id=event,
+            attempt=callback.attempt_no,
+            status=attempt.http_status,
+            error=attempt.error,
+            duration_ms=attempt.duration_ms,
+        )
+
+    def _headers(self, callback: ClaimedCallback, event: str) -> dict[str, str]:
+        secret = self._keyring.open(
+            callback.webhook_secret_sealed,
+            owner=callback.shop_id,
+            row=callback.shop_id,
+            purpose=WEBHOOK_SECRET_PURPOSE,
+        ).decode()
+        return render_headers(event, [secret], time.time(), callback.body)
+
+    async def _record(self, ended: Sequence[Ended]) -> list[None]:
+        now = monotonic()
+        await in_transaction(
+            self._engine, lambda tx: record_attempts(tx, ended, now=now), attempts_max=_RECORD_ATTEMPTS_MAX
+        )
+        return [None] * len(ended)
+
+
+async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float) -> None:
+    """Log attempts, and what follows from each: delivered, rejected, exhausted, or due again.
+
+    A lease that is no longer ours leaves only the log line, marked late; but a late 2xx still ends the callback. `now` is
+    monotonic, as `Ended.ended_at`.
+    Locks: the due rows, in event id order.
+    Repeat: an attempt that is recorded already finds its lease gone.
+    """
+    tokens = await lock_callback_due(tx, [item.callback.event_id for item in ended])
+    finished: dict[UUID, str] = {}
+    again: dict[UUID, tuple[int, float]] = {}
+    attempts = []
+    for item in ended:
+        event_id = item.callback.event_id
+        held = tokens.get(event_id) == item.token
+        attempts.append(_logged(item, late=not held, now=now))
+        if item.attempt.delivered and event_id in tokens:
+            finished[event_id] = "delivered"
+        elif held:
+            _conclude(item, finished, again)
+    await append_callback_attempts(tx, attempts)
+    await finish_callbacks(tx, finished)
+    await reschedule_callbacks(tx, again)
+
+
+def _conclude(item: Ended, finished: dict[UUID, str], again: dict[UUID, tuple[int, float]]) -> None:
+    """A failed attempt: 410 is the receiver's "never again", the end of the schedule is ours."""
+    event_id, step = item.callback.event_id, item.callback.step
+    delay_seconds = callback_delay(step, item.luck, item.attempt.retry_after_seconds)
+    if item.attempt.http_status == HTTPStatus.GONE:
+        finished[event_id] = "rejected"
+    elif delay_seconds is None:
+        finished[event_id] = "exhausted"
+    else:
+        again[event_id] = (step + 1, delay_seconds)
+
+
+def _logged(item: Ended, *, late: bool, now: float) -> CallbackAttempt:
+    attempt, callback = item.attempt, item.callback
+    return CallbackAttempt(
+        event_id=callback.event_id,
+        shop_id=callback.shop_id,
+        attempt_no=callback.attempt_no,
+        age_seconds=now - item.ended_at + attempt.duration_ms / 1000,
+        duration_ms=attempt.duration_ms,
+        http_status=attempt.http_status,
+        error=attempt.error,
+        response_excerpt=attempt.response_excerpt,
+        address=attempt.address,
+        late=late,
+    )

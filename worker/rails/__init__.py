@@ -1,0 +1,59 @@
+"""What pays. A rail is asked to pay under one reference for the payout's whole life, and may be asked what became of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from common.recipients import Recipient
+
+
+class Outcome(StrEnum):
+    """What a rail said. Only `PAID`, `DECLINED` and, of a submit, `NOT_ACCEPTED` are definite about the money.
+
+    `NOT_FOUND` is only said by a rail whose look-up is authoritative; any other ignorance is `UNKNOWN`.
+    """
+
+    PAID = "paid"
+    DECLINED = "declined"
+    SUBMITTED = "submitted"
+    NOT_ACCEPTED = "not_accepted"
+    NOT_FOUND = "not_found"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A rail's answer. `failure_code` is one of `common.domain.payout.FAILURES`, and only with `DECLINED`."""
+
+    outcome: Outcome
+    failure_code: str | None = None
+    provider_reference: str | None = None
+    detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PaymentOrder:
+    """What a rail is asked to pay. `amount_minor` in minor units of `currency`."""
+
+    reference: str
+    amount_minor: int
+    currency: str
+    recipient: Recipient = field(repr=False)
+
+
+class Rail(Protocol):
+    """One provider. Calls may raise anything: the caller takes every exception as `UNKNOWN`."""
+
+    @property
+    def lag_seconds(self) -> float:
+        """How long after a submit its look-up may still not know of it."""
+
+    async def submit(self, order: PaymentOrder) -> Answer:
+        """Ask to pay. Repeat: the same reference is never paid twice."""
+
+    async def look_up(self, reference: str) -> Answer:
+        """Ask what became of a reference."""
+
+
+Rails = Mapping[str, Rail]

@@ -1,0 +1,109 @@
+"""The sandbox rail: pays nobody, decides by the last four characters of the recipient, and remembers like a bank.
+
+Its memory is its own: the tables of the schema `sandbox`, written in its own transactions. What it was asked for while a
+transaction was in flight goes into the next one.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from common.batching import Batcher
+from common.db.engine import Engine, in_transaction
+from common.db.sandbox import SandboxPayment, find_sandbox_payment, save_settled, save_submitted
+from worker.rails import Answer, Outcome, PaymentOrder
+
+_BATCH_MAX: Final = 128
+
+
+@dataclass(frozen=True, slots=True)
+class _Script:
+    """How a magic recipient fares: what the bank books, whether it answers, and what a look-up is worth."""
+
+    books: str = "paid"
+    failure_code: str | None = None
+    answers: bool = True
+    refusals: int = 0
+    authoritative: bool = True
+
+
+SCRIPTS: Final[dict[str, _Script]] = {
+    "0001": _Script(books="submitted"),
+    "0100": _Script(books="declined", failure_code="other"),
+    "0101": _Script(books="declined", failure_code="recipient_not_found"),
+    "0102": _Script(books="declined", failure_code="recipient_account_closed"),
+    "0103": _Script(books="declined", failure_code="recipient_account_blocked"),
+    "0104": _Script(books="declined", failure_code="recipient_limit_reached"),
+    "0105": _Script(books="declined", failure_code="compliance_rejected"),
+    "0120": _Script(refusals=2),
+    "0200": _Script(books="absent", answers=False, authoritative=False),
+    "0201": _Script(answers=False),
+    "0202": _Script(books="absent", answers=False),
+    "0203": _Script(books="declined", failure_code="provider_declined", answers=False),
+}
+_USUAL: Final = _Script()
+
+# What a booked state means, told at once or by a look-up.
+_OUTCOMES: Final = {"paid": Outcome.PAID, "declined": Outcome.DECLINED, "submitted": Outcome.SUBMITTED}
+
+
+class SandboxRail:
+    """A bank in a schema. `settle_seconds`: from submitted to paid for recipient 0001."""
+
+    lag_seconds: Final = 0.0
+
+    def __init__(self, engine: Engine, *, settle_seconds: float) -> None:
+        self._engine = engine
+        self._settle_seconds = settle_seconds
+        self._submits: Batcher[SandboxPayment, SandboxPayment] = Batcher(self._book, batch_max=_BATCH_MAX)
+
+    async def submit(self, order: PaymentOrder) -> Answer:
+        """Book a payment, and answer unless the script says to keep silent; then this never returns."""
+        script = SCRIPTS.get(order.recipient.number[-4:], _USUAL)
+        payment = await self._submits.submit(
+            SandboxPayment(
+                reference=order.reference,
+                amount_minor=order.amount_minor,
+                currency=order.currency,
+                state="absent" if script.refusals else script.books,
+                failure_code=script.failure_code,
+                settles_in_seconds=self._settle_seconds if script.books == "submitted" else None,
+                authoritative=script.authoritative,
+            )
+        )
+        if payment.submits <= script.refusals:
+            return Answer(Outcome.NOT_ACCEPTED, detail="throttled")
+        if payment.state == "absent" and (script.answers or (payment.submits > 1 and script.authoritative)):
+            await in_transaction(self._engine, lambda tx: save_settled(tx, order.reference, "paid"))
+            return Answer(Outcome.PAID, provider_reference=_provider_reference(order.reference))
+        if not script.answers:
+            await asyncio.Event().wait()
+        return _answer(payment)
+
+    async def look_up(self, reference: str) -> Answer:
+        """What the bank knows of a reference by now."""
+        payment = await in_transaction(self._engine, lambda tx: find_sandbox_payment(tx, reference))
+        if payment is None:
+            return Answer(Outcome.NOT_FOUND)
+        if payment.state == "absent":
+            return (
+                Answer(Outcome.NOT_FOUND) if payment.authoritative else Answer(Outcome.UNKNOWN, detail="not known here")
+            )
+        return _answer(payment)
+
+    async def _book(self, payments: Sequence[SandboxPayment]) -> list[SandboxPayment]:
+        booked = await in_transaction(self._engine, lambda tx: save_submitted(tx, payments))
+        return [booked[payment.reference] for payment in payments]
+
+
+def _answer(payment: SandboxPayment) -> Answer:
+    return Answer(
+        _OUTCOMES[payment.state],
+        failure_code=payment.failure_code,
+        provider_reference=_provider_reference(payment.reference),
+    )
+
+
+def _provider_reference(reference: str) -> str:
+    return f"sandbox-{reference}"

@@ -1,0 +1,417 @@
+"""Settlement: claim what is due, call the rail, record what it said. Two transactions, and the call in neither.
+
+A call's outcome is concluded by one pure function, `conclude`. A payout whose lease ran out while it was being sent goes to
+`verifying`, never back to `queued`: only the rail can tell what became of it.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import monotonic
+from typing import Final
+from uuid import UUID, uuid4
+
+from common.batching import Batcher
+from common.db.callbacks import Event, append_events
+from common.db.due import (
+    Claim,
+    FinishedAttempt,
+    History,
+    NewAttempt,
+    append_attempts,
+    claim_due,
+    delete_due,
+    find_histories,
+    find_rails_due,
+    finish_attempts,
+    lock_due,
+    reschedule_due,
+)
+from common.db.engine import Engine, Tx, in_transaction
+from common.db.ledger import lock_accounts
+from common.db.payouts import LockedPayout, Move, lock_payouts, save_moves
+from common.domain.ids import PAYOUT, new_id, render_id
+from common.domain.ledger import EntryKind
+from common.domain.payout import State
+from common.domain.schedule import look_up_delay, submit_delay
+from common.domain.telling import event_type, render_payout_event
+from common.errors import PayoutsError
+from common.log import LogEvent, get_logger
+from common.recipients import open_recipient
+from common.sealing import Keyring, SealBroken
+from common.settings import Settings
+from worker.rails import Answer, Outcome, PaymentOrder, Rail, Rails
+
+SUBMIT: Final = "submit"
+LOOK_UP: Final = "look_up"
+
+# Shops one claim visits; the next claim goes on behind them.
+_SHOPS_MAX: Final = 64
+_FIRST_SHOP: Final = UUID(int=0)
+_RECORD_BATCH_MAX: Final = 128
+# Longer than other transactions: an outcome that is not recorded costs a look-up.
+_RECORD_ATTEMPTS_MAX: Final = 20
+# How often rails are looked for that have payouts and no longer exist.
+_NO_ROUTE_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call to a rail that a claim has committed to. `start_until` is monotonic: later it must not begin."""
+
+    payout: LockedPayout
+    action: str
+    attempt_no: int
+    reference: str
+    history: History | None
+    token: UUID
+    start_until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A call and what the rail said."""
+
+    call: Call
+    answer: Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Conclusion:
+    """What follows from an answer: the next state (None: it stays) and the seconds until it is due again (None: never)."""
+
+    state: State | None
+    delay_seconds: float | None
+    failure_code: str | None = None
+
+
+class Settler:
+    """Settles payouts through its rails until told to stop."""
+
+    def __init__(self, engine: Engine, keyring: Keyring, rails: Rails, settings: Settings) -> None:
+        self._engine = engine
+        self._keyring = keyring
+        self._rails = rails
+        self._settings = settings
+        self._calls: set[asyncio.Task[None]] = set()
+        self._calls_by_shop: dict[str, Counter[UUID]] = {rail: Counter() for rail in rails}
+        self._next_shop = dict.fromkeys(rails, _FIRST_SHOP)
+        self._records: Batcher[Ended, None] = Batcher(self._record, batch_max=_RECORD_BATCH_MAX)
+        self._no_route_at = 0.0
+
+    async def run_round(self) -> bool:
+        """Claim what is due and start its calls. Returns whether there was anything."""
+        claimed = [await self._claim(name, rail) for name, rail in self._rails.items()]
+        if not any(claimed) and monotonic() >= self._no_route_at:
+            self._no_route_at = monotonic() + _NO_ROUTE_SECONDS
+            await self._fail_without_route()
+        return any(claimed)
+
+    async def drain(self, deadline_seconds: float) -> None:
+        """Let calls that are under way end and be recorded, for at most that long; leases take care of the rest."""
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=deadline_seconds)
+
+    async def _claim(self, name: str, rail: Rail) -> bool:
+        """Take what fits from one rail, shops in turn; at the end of the round of shops, begin again at once."""
+        settings, busy = self._settings, self._calls_by_shop[name]
+        free = settings.settle_concurrency - busy.total()
+        if free <= 0:
+            return False
+        claim = Claim(
+            rail=name,
+            token=uuid4(),
+            lease_seconds=settings.settle_lease_seconds,
+            claim_max=min(free, settings.settle_batch_max),
+            shop_max=settings.settle_shop_concurrency,
+            shops_max=_SHOPS_MAX,
+        )
+        for after_shop in dict.fromkeys((self._next_shop[name], _FIRST_SHOP)):
+            start_until = monotonic() + settings.settle_lease_seconds - settings.rail_timeout_seconds
+            work = partial(
+                claim_calls,
+                claim=claim,
+                after_shop=after_shop,
+                busy=busy,
+                lag_seconds=rail.lag_seconds,
+                start_until=start_until,
+            )
+            calls, last_shop = await in_transaction(self._engine, work)
+            self._next_shop[name] = last_shop
+            self._start(name, rail, calls)
+            if last_shop != _FIRST_SHOP:
+                return True
+        return False
+
+    def _start(self, name: str, rail: Rail, calls: Iterable[Call]) -> None:
+        for call in calls:
+            self._calls_by_shop[name][call.payout.shop_id] += 1
+            task = asyncio.create_task(self._make_call(name, rail, call))
+            self._calls.add(task)
+            task.add_done_callback(self._calls.discard)
+
+    async def _make_call(self, name: str, rail: Rail, call: Call) -> None:
+        started = monotonic()
+        try:
+            answer = await self._ask(rail, call)
+            await self._records.submit(Ended(call, answer))
+            get_logger().info(
+                LogEvent.PAYOUT_ATTEMPTED,
+                payout=render_id(PAYOUT, call.payout.id),
+                rail=name,
+                action=call.action,
+                attempt=call.attempt_no,
+                outcome=answer.outcome,
+                failure=answer.failure_code,
+                duration_ms=round((monotonic() - started) * 1000, 1),
+            )
+        except Exception as error:
+            # Not recorded: the lease runs out, and a look-up will tell.
+            get_logger().error(
+                LogEvent.ROUND_FAILED, round="record", payout=render_id(PAYOUT, call.payout.id), error=_name(error)
+            )
+        finally:
+            busy = self._calls_by_shop[name]
+            busy[call.payout.shop_id] -= 1
+            if not busy[call.payout.shop_id]:
+                del busy[call.payout.shop_id]
+
+    async def _ask(self, rail: Rail, call: Call) -> Answer:
+        """Ask the rail within its deadline; whatever goes wrong from then on is `UNKNOWN`."""
+        payout = call.payout
+        order = None
+        if call.action == SUBMIT:
+            try:
+                recipient = open_recipient(
+                    self._keyring, payout.recipient_sealed, shop_id=payout.shop_id, payout_id=payout.id
+                )
+            except SealBroken:
+                return Answer(Outcome.NOT_ACCEPTED, detail="recipient does not open")
+            order = PaymentOrder(call.reference, payout.amount_minor, payout.currency, recipient)
+        if monotonic() > call.start_until:
+            return Answer(Outcome.NOT_ACCEPTED if order else Outcome.UNKNOWN, detail="lease ran out before the call")
+        try:
+            async with asyncio.timeout(self._settings.rail_timeout_seconds):
+                return await (rail.look_up(call.reference) if order is None else rail.submit(order))
+        except TimeoutError:
+            return Answer(Outcome.UNKNOWN, detail="time-out")
+        except Exception as error:
+            get_logger().error(LogEvent.RAIL_CRASHED, payout=render_id(PAYOUT, payout.id), error=_name(error))
+            return Answer(Outcome.UNKNOWN, detail=_name(error))
+
+    async def _record(self, ended: Sequence[Ended]) -> list[None]:
+        await in_transaction(self._engine, lambda tx: record_answers(tx, ended), attempts_max=_RECORD_ATTEMPTS_MAX)
+        return [None] * len(ended)
+
+    async def _fail_without_route(self) -> None:
+        for name in await in_transaction(self._engine, find_rails_due):
+            if name not in self._rails:
+                claim = Claim(
+                    name, uuid4(), self._settings.settle_lease_seconds, _RECORD_BATCH_MAX, _RECORD_BATCH_MAX, 1
+                )
+                await in_transaction(self._engine, partial(fail_without_route, claim=claim))
+
+
+def _name(error: Exception) -> str:
+    return error.reason if isinstance(error, PayoutsError) else type(error).__name__
+
+
+async def claim_calls(
+    tx: Tx, *, claim: Claim, after_shop: UUID, busy: Counter[UUID], lag_seconds: float, start_until: float
+) -> tuple[list[Call], UUID]:
+    """Take due payouts and write down the calls that will be made for them, before they are made.
+
+    Locks: due rows (skipping those that others hold), then payouts.
+    Returns: the calls, and the shop behind which the next claim begins; the first shop when there was nothing.
+    """
+    shop_ids = await claim_due(tx, claim, after_shop, busy)
+    if not shop_ids:
+        return [], _FIRST_SHOP
+    payouts = await lock_payouts(tx, shop_ids)
+    histories = await find_histories(tx, shop_ids)
+    lost = [(p, histories[p.id]) for p in payouts if p.id in histories and histories[p.id].outcome is None]
+    await finish_attempts(
+        tx, [FinishedAttempt(p.id, p.shop_id, h.attempt_no, Outcome.UNKNOWN, "worker lost") for p, h in lost]
+    )
+    moves: list[Move] = []
+    calls: list[Call] = []
+    for payout in payouts:
+        if payout.state is State.SENDING:
+            moves.append(Move(payout, State.VERIFYING))
+            continue
+        if payout.state is State.QUEUED:
+            moves.append(Move(payout, State.SENDING))
+        calls.append(_call(payout, histories.get(payout.id), claim.token, start_until))
+    await save_moves(tx, moves)
+    await append_attempts(
+        tx,
+        [NewAttempt(c.payout.id, c.payout.shop_id, c.attempt_no, c.action, claim.rail, c.reference) for c in calls],
+    )
+    abandoned = [move.payout.id for move in moves if move.state is State.VERIFYING]
+    await reschedule_due(tx, dict.fromkeys(abandoned, max(look_up_delay(0), lag_seconds)))
+    for payout_id in abandoned:
+        get_logger().warning(LogEvent.PAYOUT_LEASE_EXPIRED, payout=render_id(PAYOUT, payout_id))
+    return calls, max(shop_ids.values())
+
+
+def _call(payout: LockedPayout, history: History | None, token: UUID, start_until: float) -> Call:
+    return Call(
+        payout=payout,
+        action=SUBMIT if payout.state is State.QUEUED else LOOK_UP,
+        attempt_no=1 if history is None else history.attempt_no + 1,
+        # One reference for the payout's whole life.
+        reference=render_id(PAYOUT, payout.id) if history is None else history.reference,
+        history=history,
+        token=token,
+        start_until=start_until,
+    )
+
+
+async def record_answers(tx: Tx, ended: Sequence[Ended]) -> None:
+    """Write down what the rails said, and what follows: attempt, state, money, event, callback, what is due.
+
+    Locks: due rows, payouts, then the accounts of those that end; each in id order.
+    Repeat: an answer that is recorded already finds its payout moved on and its lease gone, and changes nothing.
+    """
+    by_payout = {item.call.payout.id: item for item in ended}
+    tokens = await lock_due(tx, by_payout)
+    payouts = await lock_payouts(tx, by_payout)
+    await finish_attempts(tx, [_finished(item) for item in ended])
+    conclusions = {
+        payout.id: conclude(payout, by_payout[payout.id], held=tokens.get(payout.id) == by_payout[payout.id].call.token)
+        for payout in payouts
+    }
+    await _apply(tx, payouts, conclusions, {key: item.answer.provider_reference for key, item in by_payout.items()})
+
+
+async def fail_without_route(tx: Tx, claim: Claim) -> None:
+    """End queued payouts whose rail no longer exists; those that were sent keep waiting for a word.
+
+    Locks: as `record_answers`.
+    """
+    payouts = await lock_payouts(tx, await claim_due(tx, claim, _FIRST_SHOP, {}))
+    conclusions = {
+        payout.id: Conclusion(State.FAILED, None, "no_route") for payout in payouts if payout.state is State.QUEUED
+    }
+    await _apply(tx, payouts, conclusions, {})
+
+
+def _finished(item: Ended) -> FinishedAttempt:
+    call, answer = item.call, item.answer
+    return FinishedAttempt(
+        call.payout.id, call.payout.shop_id, call.attempt_no, answer.outcome, answer.failure_code or answer.detail
+    )
+
+
+def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | None:
+    """What an answer means for a payout as it stands under its lock. None: nothing any more.
+
+    `held`: whether the lease is still ours. Without it only "paid" counts, and only where the payout is still open: the
+    money is gone whoever asked; everything else is for the one who has the lease now.
+    """
+    outcome, history = ended.answer.outcome, ended.call.history
+    if payout.state.is_final or payout.state is State.QUEUED:
+        _note_contradiction(payout, ended)
+        return None
+    if outcome is Outcome.PAID:
+        return Conclusion(State.SUCCESS, None)
+    if not held:
+        get_logger().warning(LogEvent.PAYOUT_LEASE_LOST, payout=render_id(PAYOUT, payout.id), outcome=outcome)
+        return None
+    if outcome is Outcome.DECLINED:
+        return Conclusion(State.FAILED, None, ended.answer.failure_code or "provider_declined")
+    if ended.call.action == SUBMIT:
+        return _conclude_submit(outcome, 0 if history is None else history.submits_refused)
+    return _conclude_look_up(payout, outcome, 0 if history is None else history.look_ups)
+
+
+def _conclude_submit(outcome: Outcome, refusals_before: int) -> Conclusion:
+    if outcome is Outcome.SUBMITTED:
+        return Conclusion(State.SUBMITTED, look_up_delay(0))
+    if outcome is Outcome.NOT_ACCEPTED:
+        delay_seconds = submit_delay(refusals_before + 1)
+        if delay_seconds is None:
+            return Conclusion(State.FAILED, None, "provider_unavailable")
+        return Conclusion(State.QUEUED, delay_seconds)
+    return Conclusion(State.VERIFYING, look_up_delay(0))
+
+
+def _conclude_look_up(payout: LockedPayout, outcome: Outcome, look_ups_before: int) -> Conclusion:
+    delay_seconds = look_up_delay(look_ups_before + 1)
+    if outcome is Outcome.SUBMITTED:
+        return Conclusion(State.SUBMITTED if payout.state is State.VERIFYING else None, delay_seconds)
+    if outcome is Outcome.NOT_FOUND:
+        if payout.state is State.SUBMITTED:
+            return Conclusion(State.VERIFYING, delay_seconds)
+        if payout.provider_reference is None:
+            return Conclusion(State.QUEUED, 0.0)
+        # It took the payout once and now denies it: nothing to send again on such a word.
+    return Conclusion(None, delay_seconds)
+
+
+def _note_contradiction(payout: LockedPayout, ended: Ended) -> None:
+    """A definite word against where the payout stands is for people; no money moves."""
+    agrees = {Outcome.PAID: State.SUCCESS, Outcome.DECLINED: State.FAILED}
+    expected = agrees.get(ended.answer.outcome)
+    if expected is not None and expected is not payout.state:
+        get_logger().error(
+            LogEvent.PAYOUT_CONTRADICTED,
+            payout=render_id(PAYOUT, payout.id),
+            state=payout.state,
+            outcome=ended.answer.outcome,
+        )
+
+
+async def _apply(
+    tx: Tx,
+    payouts: Sequence[LockedPayout],
+    conclusions: dict[UUID, Conclusion | None] | dict[UUID, Conclusion],
+    provider_references: dict[UUID, str | None],
+) -> None:
+    concluded = [(payout, conclusion) for payout in payouts if (conclusion := conclusions.get(payout.id)) is not None]
+    ending = [payout.account_id for payout, conclusion in concluded if conclusion.state and conclusion.state.is_final]
+    accounts = await lock_accounts(tx, set(ending), wait=True) if ending else {}
+    moves = []
+    for payout, conclusion in concluded:
+        if conclusion.state is None:
+            continue
+        resolution = None
+        if conclusion.state.is_final:
+            kind = EntryKind.CAPTURE if conclusion.state is State.SUCCESS else EntryKind.RELEASE
+            resolution = accounts[payout.account_id].account.append(kind, payout.amount_minor)
+        moves.append(
+            Move(payout, conclusion.state, conclusion.failure_code, provider_references.get(payout.id), resolution)
+        )
+    await save_moves(tx, moves)
+    await append_events(tx, list(_events(moves)))
+    await delete_due(tx, [move.payout.id for move in moves if move.state.is_final])
+    await reschedule_due(tx, {payout.id: c.delay_seconds for payout, c in concluded if c.delay_seconds is not None})
+
+
+def _events(moves: Iterable[Move]) -> Iterable[Event]:
+    for move in moves:
+        payout = move.payout
+        if not move.state.is_final:
+            continue
+        yield Event(
+            id=new_id(),
+            shop_id=payout.shop_id,
+            payout_id=payout.id,
+            sequence=move.version,
+            type=event_type(move.state),
+            body=render_payout_event(
+                payout_id=payout.id,
+                external_id=payout.external_id,
+                shop_code=payout.shop_code,
+                state=move.state,
+                amount_minor=payout.amount_minor,
+                currency=payout.currency,
+                currency_exponent=payout.currency_exponent,
+                sequence=move.version,
+                failure_code=move.failure_code,
+                updated_at=payout.locked_at,
+            ),
+            url=payout.callback_url or payout.webhook_url,
+        )
