@@ -11,7 +11,7 @@
     │   │                             InsufficientBalance
     │   └── MethodNotAllowed · BodyTooLarge · UnsupportedMediaType · RateLimited
     ├── Transient                     the world is wrong for now: repeating is safe and may help
-    │   └── Overloaded · AccountBusy · DatabaseUnavailable
+    │   └── Overloaded · AccountBusy · DatabaseUnavailable · DatabaseSlow
     └── InvariantViolated             we are wrong
 
 `reason` is stable and fine: merchants may build on it. HTTP statuses live in `gateway.errors` alone.
@@ -184,6 +184,12 @@ class DatabaseUnavailable(Transient):
     """PostgreSQL cannot be reached, or did not tell how a transaction ended."""
 
     reason = "database_unavailable"
+
+
+class DatabaseSlow(Transient):
+    """PostgreSQL did not finish in time; how a transaction ended may be unknown."""
+
+    reason = "database_slow"
 
 
 class InvariantViolated(PayoutsError):

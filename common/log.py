@@ -24,7 +24,7 @@ class LogEvent(StrEnum):
     PAYOUT_CONTRADICTED = "payout.contradicted"
     RAIL_CRASHED = "rail.crashed"
     CALLBACK_ATTEMPTED = "callback.attempted"
-    CALLBACK_UNSEALABLE = "callback.unsealable"
+    SECRET_UNSEALABLE = "secret.unsealable"  # noqa: S105 an event
     ROUND_FAILED = "round.failed"
     LIBRARY = "library"
 

@@ -264,9 +264,13 @@ class Settings:
             problems.append(
                 f"PAYOUTS_SETTLE_LEASE_SECONDS: must exceed PAYOUTS_RAIL_TIMEOUT_SECONDS by {_RECORDING_SECONDS:g}"
             )
+        if self.database_pool_max < self.accept_committers + _POOL_SPARE:
+            problems.append(f"PAYOUTS_DATABASE_POOL_MAX: must exceed PAYOUTS_ACCEPT_COMMITTERS by {_POOL_SPARE}")
         return problems
 
 
 # What a lease leaves for writing down the outcome of a call that ended at its deadline.
 _RECORDING_SECONDS: Final = 5.0
+# One connection for a shop that is behind, one for reads.
+_POOL_SPARE: Final = 2
 _REQUIRED: Final = frozenset({"database_url", "master_keys", "content_key"})

@@ -1,8 +1,6 @@
 """`python -m gateway`: one gateway process. Start as many as you like; they share the port (SO_REUSEPORT)."""
 
-import asyncio
 import os
-import signal
 import sys
 
 import uvloop
@@ -10,6 +8,7 @@ from aiohttp import web
 
 from common.admin import Readiness, admin_server
 from common.log import LogEvent, configure_logging, get_logger
+from common.process import stop_requested
 from common.settings import Settings, SettingsInvalid
 from gateway.app import create_app
 from migrations.run import newest_revision
@@ -29,9 +28,7 @@ async def serve(settings: Settings) -> None:
         keepalive_timeout=KEEPALIVE_SECONDS,
         shutdown_timeout=settings.drain_seconds,
     )
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = stop_requested()
     async with admin_server(settings.admin_port, readiness):
         await runner.setup()
         try:

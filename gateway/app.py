@@ -77,7 +77,18 @@ def create_app(settings: Settings, readiness: Readiness, *, schema_revision: str
 def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Application], AsyncIterator[None]]:
     async def resources(app: web.Application) -> AsyncIterator[None]:
         settings = app[SETTINGS]
-        engine = app[ENGINE] = create_engine(settings, role="payouts_gateway", application="payouts-gateway")
+        # Accepting and reading have connections of their own, so that neither can starve the other.
+        busy_committers = max(1, (settings.database_pool_max - settings.accept_committers) // 2)
+        accepting = settings.accept_committers + busy_committers
+        accept_engine = create_engine(
+            settings, role="payouts_gateway", application="payouts-gateway-accept", pool_max=accepting
+        )
+        engine = app[ENGINE] = create_engine(
+            settings,
+            role="payouts_gateway",
+            application="payouts-gateway-read",
+            pool_max=max(1, settings.database_pool_max - accepting),
+        )
         app[AUTHENTICATOR] = Authenticator(
             engine,
             app[KEYRING],
@@ -85,10 +96,9 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
             requests_per_second_max=settings.key_requests_per_second_max,
         )
         app[ACCEPTOR] = Acceptor(
-            engine,
+            accept_engine,
             committers=settings.accept_committers,
-            # Half of what is left of the pool; the rest is for reads.
-            busy_committers=max(1, (settings.database_pool_max - settings.accept_committers) // 2),
+            busy_committers=busy_committers,
             batch_max=settings.accept_batch_max,
             queue_max=settings.accept_queue_max,
             wait_seconds=settings.accept_wait_seconds_max,
@@ -98,6 +108,7 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
         waiting.cancel()
         await app[ACCEPTOR].close(settings.drain_seconds)
         await app[AUTHENTICATOR].close()
+        await accept_engine.dispose()
         await engine.dispose()
 
     return resources

@@ -11,7 +11,7 @@ from uuid import UUID
 from aiohttp import web
 from async_lru import alru_cache
 
-from common.db.engine import Engine, in_transaction
+from common.db.engine import READ_ATTEMPTS_MAX, Engine, in_transaction
 from common.db.merchants import ApiKey, Shop, find_active_shop, find_api_key
 from common.domain.signing import V1_PREFIX, parse_timestamp, sign_body, sign_v1, signatures_equal
 from common.errors import (
@@ -27,6 +27,7 @@ from common.errors import (
     TimestampRequired,
     TimestampWindowExceeded,
 )
+from common.log import LogEvent, get_logger
 from common.sealing import API_KEY_PURPOSE, Keyring, SealBroken
 
 # Entries each cache may hold; unknown keys and shops are cached too, so that asking for them costs no more.
@@ -150,21 +151,24 @@ class Authenticator:
     async def _load_key(self, public_id: str) -> LiveKey | None:
         if "\x00" in public_id or not public_id.isprintable():
             return None
-        key = await in_transaction(self._engine, lambda tx: find_api_key(tx, public_id))
+        key = await in_transaction(self._engine, lambda tx: find_api_key(tx, public_id), attempts_max=READ_ATTEMPTS_MAX)
         if key is None:
             return None
         try:
             secret = self._keyring.open(
                 key.secret_sealed, owner=key.merchant_id, row=key.id, purpose=API_KEY_PURPOSE
             ).decode()
-        except SealBroken:
+        except SealBroken as error:
+            get_logger().error(LogEvent.SECRET_UNSEALABLE, api_key=public_id, error=str(error))
             return None
         return LiveKey(key, secret)
 
     async def _load_shop(self, merchant_id: UUID, code: str | None) -> Shop | None:
         if code is not None and ("\x00" in code or not code.isprintable()):
             return None
-        return await in_transaction(self._engine, lambda tx: find_active_shop(tx, merchant_id, code))
+        return await in_transaction(
+            self._engine, lambda tx: find_active_shop(tx, merchant_id, code), attempts_max=READ_ATTEMPTS_MAX
+        )
 
 
 def _signature_holds(

@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from common.db.engine import in_transaction
+from common.db.engine import READ_ATTEMPTS_MAX, in_transaction
 from common.db.ledger import find_balance
 from common.domain.money import render_amount
 from common.domain.times import render_time
@@ -17,7 +17,9 @@ async def show_balance(request: web.Request, caller: Caller, _body: bytes) -> we
     shop = await request.app[AUTHENTICATOR].resolve_shop(caller, request.query.get("shop_code"))
     if request.query.get("currency", shop.currency) != shop.currency:
         raise ShopCurrencyMismatch(shop.currency)
-    balance = await in_transaction(request.app[ENGINE], lambda tx: find_balance(tx, shop.account_id))
+    balance = await in_transaction(
+        request.app[ENGINE], lambda tx: find_balance(tx, shop.account_id), attempts_max=READ_ATTEMPTS_MAX
+    )
     if balance is None:
         raise InvariantViolated
 

@@ -6,7 +6,7 @@ import time
 from aiohttp import web
 from jsonschema import Draft202012Validator
 
-from common.db.engine import in_transaction
+from common.db.engine import READ_ATTEMPTS_MAX, in_transaction
 from common.db.merchants import Shop
 from common.db.payouts import find_payout
 from common.domain.ids import new_id
@@ -49,7 +49,9 @@ async def show_payout(request: web.Request, caller: Caller, _body: bytes) -> web
     external_id = request.match_info["external_id"]
     payout = None
     if "\x00" not in external_id:
-        payout = await in_transaction(app[ENGINE], lambda tx: find_payout(tx, shop.id, external_id))
+        payout = await in_transaction(
+            app[ENGINE], lambda tx: find_payout(tx, shop.id, external_id), attempts_max=READ_ATTEMPTS_MAX
+        )
     if payout is None:
         raise PayoutNotFound
     return json_response(render_payout(payout, shop))

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from common.domain.addresses import parse_callback_url
-
 from common.db.merchants import Shop
 from common.db.payouts import Payout
+from common.domain.addresses import parse_callback_url
 from common.domain.ids import PAYOUT, render_id
 from common.domain.money import CURRENCY_EXPONENTS, parse_amount, render_amount
 from common.domain.payout import render_failure

@@ -1,7 +1,6 @@
 """The worker's composition root: its roles, each a loop of rounds, and the life of what they use."""
 
 import asyncio
-import signal
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from time import monotonic
@@ -11,6 +10,7 @@ from common.admin import Readiness, admin_server
 from common.db.engine import create_engine
 from common.errors import Transient
 from common.log import LogEvent, get_logger
+from common.process import stop_requested
 from common.settings import Settings
 from worker.callbacks.deliver import Deliverer
 from worker.callbacks.send import open_session
@@ -35,13 +35,16 @@ class Role(Protocol):
 
 async def run_worker(settings: Settings, roles: Sequence[str], *, schema_revision: str) -> None:
     """Work until SIGTERM or SIGINT, then finish what was begun. A second signal ends the process at once."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, _stop, stop, number)
+    stop = stop_requested()
     readiness = Readiness()
     async with AsyncExitStack() as resources:
         await resources.enter_async_context(admin_server(settings.admin_port, readiness))
-        engine = create_engine(settings, role="payouts_worker", application=f"payouts-{'-'.join(roles)}")
+        engine = create_engine(
+            settings,
+            role="payouts_worker",
+            application=f"payouts-{'-'.join(roles)}",
+            pool_max=settings.database_pool_max,
+        )
         resources.push_async_callback(engine.dispose)
         session = await resources.enter_async_context(
             open_session(private_allowed=settings.callback_private_addresses, ports=settings.callback_ports)
@@ -66,13 +69,6 @@ async def run_worker(settings: Settings, roles: Sequence[str], *, schema_revisio
         ends_at = monotonic() + settings.drain_seconds
         await asyncio.gather(*(role.drain(max(0.0, ends_at - monotonic())) for role, _ in working.values()))
     get_logger().info(LogEvent.PROCESS_STOPPED)
-
-
-def _stop(stop: asyncio.Event, number: int) -> None:
-    if stop.is_set():
-        signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)
-    stop.set()
 
 
 async def _run_rounds(

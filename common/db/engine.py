@@ -9,7 +9,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from common.errors import AccountBusy, DatabaseUnavailable
+from common.errors import AccountBusy, DatabaseSlow, DatabaseUnavailable
 from common.settings import Settings
 
 Tx = AsyncConnection
@@ -22,8 +22,11 @@ _LOCK_NOT_AVAILABLE: Final = "55P03"
 # Connection classes, shutdown and crash recovery, no free connection, a statement past its time-out, a standby.
 _UNAVAILABLE_CLASSES: Final = ("08", "53", "57")
 _READ_ONLY: Final = "25006"
+_STATEMENT_TIMED_OUT: Final = "57014"
 
 ATTEMPTS_MAX: Final = 5
+# Where somebody waits for an answer that asking again later would give as well.
+READ_ATTEMPTS_MAX: Final = 2
 
 
 def driver_url(database_url: str) -> str:
@@ -31,7 +34,7 @@ def driver_url(database_url: str) -> str:
     return make_url(database_url).set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
 
 
-def create_engine(settings: Settings, *, role: str, application: str) -> Engine:
+def create_engine(settings: Settings, *, role: str, application: str, pool_max: int = 2) -> Engine:
     """A pool whose sessions act as `role`, with time-outs on everything that can wait. Connects on first use."""
     milliseconds = {
         "lock_timeout": settings.database_lock_timeout_seconds,
@@ -40,8 +43,9 @@ def create_engine(settings: Settings, *, role: str, application: str) -> Engine:
     }
     return create_async_engine(
         driver_url(settings.database_url),
-        pool_size=settings.database_pool_max,
+        pool_size=pool_max,
         max_overflow=0,
+        hide_parameters=True,
         pool_timeout=settings.database_connect_timeout_seconds,
         connect_args={
             "timeout": settings.database_connect_timeout_seconds,
@@ -67,7 +71,7 @@ async def in_transaction(engine: Engine, work: Callable[[Tx], Awaitable[_T]], at
     Repeat: the whole of `work`, with jitter, after a serialization failure, a deadlock or a lost connection, at most
     `attempts_max` times. A connection lost during COMMIT leaves the outcome unknown, so `work` must be written for that:
     a row under its lock tells whether the first time counted.
-    Raises: `DatabaseUnavailable`, `AccountBusy` when a lock was not to be had, and whatever `work` raises.
+    Raises: `DatabaseUnavailable`, `DatabaseSlow`, `AccountBusy` when a lock was not to be had, and what `work` raises.
     """
     async for attempt in AsyncRetrying(
         stop=stop_after_attempt(attempts_max),
@@ -105,6 +109,8 @@ def _translate(error: Exception) -> Exception:
     state = sqlstate(error)
     if state == _LOCK_NOT_AVAILABLE:
         return AccountBusy()
+    if isinstance(error, PoolTimeout | TimeoutError) or state == _STATEMENT_TIMED_OUT:
+        return DatabaseSlow()
     if not isinstance(error, DBAPIError) or error.connection_invalidated or isinstance(error, InterfaceError):
         return DatabaseUnavailable()
     if state is not None and (state.startswith(_UNAVAILABLE_CLASSES) or state == _READ_ONLY):

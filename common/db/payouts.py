@@ -64,6 +64,7 @@ _SHOWN = tuple(payouts.c[name] for name in Payout.__dataclass_fields__)
 
 # LATERAL with LIMIT: one index probe per id, also on a table that nobody has analysed.
 _FIND_BY_EXTERNAL_IDS = text(
+    # The column names are those of `Payout`.
     f"""
     SELECT p.* FROM unnest(CAST(:shop_ids AS uuid[]), CAST(:external_ids AS text[])) AS wanted (shop_id, external_id)
      CROSS JOIN LATERAL (

@@ -62,8 +62,7 @@ class Deliverer:
         settings = self._settings
         free = settings.callback_concurrency - len(self._sends)
         if free <= 0:
-            await asyncio.wait(self._sends, return_when=asyncio.FIRST_COMPLETED)
-            return True
+            return False
         token, start_until = uuid4(), monotonic() + settings.callback_lease_seconds - settings.callback_timeout_seconds
         claimed = await in_transaction(
             self._engine,
@@ -88,7 +87,7 @@ class Deliverer:
             headers = self._headers(callback, event)
         except SealBroken as error:
             # Our fault, not the merchant's: no attempt is counted, the lease runs out, somebody looks at the log.
-            get_logger().error(LogEvent.CALLBACK_UNSEALABLE, event_id=event, error=str(error))
+            get_logger().error(LogEvent.SECRET_UNSEALABLE, event_id=event, error=str(error))
             return
         if monotonic() > start_until:
             return

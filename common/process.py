@@ -1,0 +1,19 @@
+"""How every process of ours ends: the first SIGTERM or SIGINT asks, the second one does not."""
+
+import asyncio
+import signal
+
+
+def stop_requested() -> asyncio.Event:
+    """An event that the first SIGTERM or SIGINT sets; a second one ends the process at once. Call inside the loop."""
+    stop = asyncio.Event()
+
+    def ask(number: signal.Signals) -> None:
+        if stop.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ask, number)
+    return stop
