@@ -25,11 +25,12 @@ class _Setting:
     variable: str
     parse: Callable[[str], Any]
     doc: str
+    default: str | None = None
 
 
 def _setting(variable: str, parse: Callable[[str], Any], default: str | None, doc: str) -> Any:
     """A field that is read from `variable`; without a default it must be set."""
-    meta = {_META: _Setting(variable, parse, doc)}
+    meta = {_META: _Setting(variable, parse, doc, default)}
     return field(metadata=meta) if default is None else field(default_factory=lambda: parse(default), metadata=meta)
 
 

@@ -1,0 +1,23 @@
+"""The README tells the truth about what a program can check."""
+
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from common.settings import Settings
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def settings_table() -> str:
+    """The table of settings, from the settings themselves."""
+    rows = ["| variable | default | |", "|---|---|---|"]
+    for item in fields(Settings):
+        setting = item.metadata["setting"]
+        default = "required" if setting.default is None else f"`{setting.default}`" if setting.default else ""
+        assert (setting.default is None) == (item.default_factory is MISSING)
+        rows.append(f"| `{setting.variable}` | {default} | {setting.doc} |")
+    return "\n".join(rows)
+
+
+def test_the_readme_lists_every_setting_with_its_default() -> None:
+    assert settings_table() in README.read_text(), f"the table should be:\n{settings_table()}"
