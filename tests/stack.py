@@ -117,7 +117,7 @@ class Stack:
     async def launch(self, *arguments: str, **overrides: str) -> Process:
         """Start without waiting."""
         admin_port = free_port()
-        log = TemporaryFile()
+        log = TemporaryFile()  # noqa: SIM115 closed by `Process.close`
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
