@@ -53,8 +53,9 @@ async def upgrade(database_url: str) -> str:
         async with engine.connect() as lock:
             autocommit = await lock.execution_options(isolation_level="AUTOCOMMIT")
             async with asyncio.timeout(ADVISORY_LOCK_WAIT_SECONDS):
-                while not await autocommit.scalar(text(f"SELECT pg_try_advisory_lock({ADVISORY_LOCK})")):
-                    await asyncio.sleep(0.2)  # noqa: ASYNC110 another process holds it; nothing here to wait on
+                # Another process holds it; there is nothing here to wait on.
+                while not await autocommit.scalar(text(f"SELECT pg_try_advisory_lock({ADVISORY_LOCK})")):  # noqa: ASYNC110
+                    await asyncio.sleep(0.2)
             async with engine.begin() as connection:
                 await connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
                 await connection.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT}'"))
