@@ -2,6 +2,8 @@
 
 import asyncio
 import signal
+from collections.abc import Collection
+from typing import Any
 
 
 def stop_requested() -> asyncio.Event:
@@ -17,3 +19,14 @@ def stop_requested() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ask, number)
     return stop
+
+
+async def end_tasks(tasks: Collection["asyncio.Task[Any]"], deadline_seconds: float) -> None:
+    """Let tasks end by themselves for that long; then cancel what is left, and wait until it is gone."""
+    left = set(tasks)
+    if left:
+        _, left = await asyncio.wait(left, timeout=deadline_seconds)
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left)

@@ -39,6 +39,7 @@ from common.domain.schedule import look_up_delay, submit_delay
 from common.domain.telling import event_type, render_payout_event
 from common.errors import PayoutsError
 from common.log import LogEvent, get_logger
+from common.process import end_tasks
 from common.recipients import open_recipient
 from common.sealing import Keyring, SealBroken
 from common.settings import Settings
@@ -111,8 +112,7 @@ class Settler:
 
     async def drain(self, deadline_seconds: float) -> None:
         """Let calls that are under way end and be recorded, for at most that long; leases take care of the rest."""
-        if self._calls:
-            await asyncio.wait(self._calls, timeout=deadline_seconds)
+        await end_tasks(self._calls, deadline_seconds)
 
     async def _claim(self, name: str, rail: Rail) -> bool:
         """Take what fits from one rail, shops in turn; at the end of the round of shops, begin again at once."""

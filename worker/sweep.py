@@ -1,5 +1,6 @@
 """The sweep: looks at the whole once in a while and publishes how old the oldest work is."""
 
+import math
 from typing import Final
 
 from prometheus_client import Gauge
@@ -16,6 +17,9 @@ OLDEST_CALLBACK: Final = Gauge(
     "payouts_oldest_due_callback_age_seconds",
     "How long the oldest due callback has been waiting to be taken by a worker",
 )
+# Until a sweep has looked, and in processes that never do, nothing is known.
+OLDEST_PAYOUT.set(math.nan)
+OLDEST_CALLBACK.set(math.nan)
 
 
 class Sweeper:

@@ -26,6 +26,7 @@ from common.db.engine import Engine, Tx, in_transaction
 from common.domain.ids import EVENT, render_id
 from common.domain.schedule import callback_delay
 from common.log import LogEvent, get_logger
+from common.process import end_tasks
 from common.sealing import WEBHOOK_SECRET_PURPOSE, Keyring, SealBroken
 from common.settings import Settings
 from worker.callbacks.send import Attempt, render_headers, send_callback
@@ -78,8 +79,7 @@ class Deliverer:
 
     async def drain(self, deadline_seconds: float) -> None:
         """Let attempts that are under way end and be recorded, for at most that long; leases take care of the rest."""
-        if self._sends:
-            await asyncio.wait(self._sends, timeout=deadline_seconds)
+        await end_tasks(self._sends, deadline_seconds)
 
     async def _deliver(self, callback: ClaimedCallback, token: UUID, start_until: float) -> None:
         event = render_id(EVENT, callback.event_id)

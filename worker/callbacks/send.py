@@ -1,0 +1,285 @@
+"""One callback attempt on the wire: its headers, one POST, and what came of it. No database, no schedule, no wall clock."""
+
+import asyncio
+import re
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import cache
+from importlib.metadata import version
+from typing import Final, cast
+from weakref import WeakSet
+
+import aiohttp
+from aiohttp.abc import AbstractResolver
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.connector import Connection
+from aiohttp.tracing import Trace
+
+from common.domain.addresses import parse_callback_url
+from common.domain.signing import sign_body, sign_webhook
+from common.log import LogEvent, get_logger
+from worker.callbacks.guard import AddressBlocked, ThreadsResolver, socket_factory
+
+EXCERPT_BYTES_MAX: Final = 4096
+
+_EXCERPT_SECONDS: Final = 1.0
+_CONNECT_SECONDS: Final = 5.0
+_KEEPALIVE_SECONDS: Final = 4.0  # Shorter than most servers', so that we close first.
+_DNS_CACHE_SECONDS: Final = 30
+_DNS_CACHE_NAMES_MAX: Final = 10_000
+_HEADER_BYTES_MAX: Final = 16_384
+_HEADERS_MAX: Final = 128
+
+# The verdict by the hundreds of the status; what is in no row is no final answer of HTTP.
+_STATUS_ERRORS: Final[dict[int, str | None]] = {2: None, 3: "redirect", 4: "http_4xx", 5: "http_5xx"}
+_STATUS_ERROR_UNKNOWN: Final = "response_invalid"
+
+# The verdict when there is no status; the first row counts that the error, or the `OSError` it wraps, is an instance of.
+_ERRORS: Final[tuple[tuple[type[Exception], str], ...]] = (
+    (AddressBlocked, "address_blocked"),
+    (aiohttp.ClientConnectorDNSError, "dns_failed"),
+    (ssl.SSLError, "tls_failed"),
+    (TimeoutError, "timeout"),
+    (ConnectionRefusedError, "connection_refused"),
+    (OSError, "connection_failed"),
+    (aiohttp.ClientConnectionError, "connection_failed"),
+    (aiohttp.ClientError, "response_invalid"),
+)
+
+_DELAY_SECONDS: Final = re.compile(r"[0-9]{1,9}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What came of one attempt.
+
+    `error` is a short code and None exactly on 2xx. `address` is the peer that we were connected to, answered or not.
+    `duration_ms` is the time a slot was taken, the reading of the excerpt included. `retry_after_seconds` is 0 when the
+    receiver did not say.
+    """
+
+    http_status: int | None
+    error: str | None
+    response_excerpt: bytes
+    address: str | None
+    duration_ms: int
+    retry_after_seconds: float
+
+    @property
+    def delivered(self) -> bool:
+        """Whether the receiver took it: any 2xx."""
+        return self.error is None
+
+
+@dataclass(slots=True)
+class _Wire:
+    """The connection of one attempt. aiohttp lets go of it with the last byte of an answer, so it is noted when it is got."""
+
+    address: str | None = None
+    reused: bool = False
+    fresh_only: bool = False
+
+
+_wire: ContextVar[_Wire] = ContextVar("wire")
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Connections that the guard has judged; keeps the policy that URLs are judged by, and notes which one an attempt got."""
+
+    def __init__(self, resolver: AbstractResolver, *, private_allowed: bool, ports: frozenset[int]) -> None:
+        super().__init__(
+            resolver=resolver,
+            ttl_dns_cache=_DNS_CACHE_SECONDS,
+            dns_cache_max_size=_DNS_CACHE_NAMES_MAX,
+            keepalive_timeout=_KEEPALIVE_SECONDS,
+            limit=0,
+            socket_factory=socket_factory(private_allowed=private_allowed),
+        )
+        self._private_allowed = private_allowed
+        self._ports = ports
+        self._connections_used: WeakSet[ResponseHandler] = WeakSet()
+
+    def allows(self, url: str) -> bool:
+        """Whether a callback may be sent to the URL today; it may be older than the settings."""
+        return parse_callback_url(url, private_allowed=self._private_allowed, ports=self._ports) is not None
+
+    async def connect(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list[Trace],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 aiohttp's signature
+    ) -> Connection:
+        """A connection from the pool or a new one; with `fresh_only`, idle ones to the same host are closed on the way."""
+        wire = _wire.get()
+        while True:
+            connection = await super().connect(req, traces, timeout)
+            assert connection.protocol is not None
+            wire.reused = connection.protocol in self._connections_used
+            if not (wire.reused and wire.fresh_only):
+                break
+            connection.close()
+        self._connections_used.add(connection.protocol)
+        wire.address = _peer_of(connection)
+        return connection
+
+
+def _peer_of(connection: Connection) -> str | None:
+    """The address at the other end; None when it has gone already."""
+    peer = connection.transport and connection.transport.get_extra_info("peername")
+    return peer[0] if peer else None
+
+
+@asynccontextmanager
+async def open_session(
+    *, private_allowed: bool, ports: frozenset[int], resolver: AbstractResolver | None = None
+) -> AsyncIterator[aiohttp.ClientSession]:
+    """The one session of a process, for `send_callback` alone.
+
+    It keeps no cookies, reads no proxy and no password from the environment, unpacks nothing, and bounds what it reads.
+    `resolver` replaces the system's; how many callbacks are in flight is limited before they come here.
+    """
+    resolver = resolver or ThreadsResolver()
+    try:
+        async with aiohttp.ClientSession(
+            connector=_Connector(resolver, private_allowed=private_allowed, ports=ports),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,
+            auto_decompress=False,
+            read_bufsize=EXCERPT_BYTES_MAX,
+            max_line_size=_HEADER_BYTES_MAX,
+            max_field_size=_HEADER_BYTES_MAX,
+            max_headers=_HEADERS_MAX,
+        ) as session:
+            yield session
+    finally:
+        await resolver.close()
+
+
+def render_headers(webhook_id: str, secrets: list[str], timestamp: float, body: bytes) -> dict[str, str]:
+    """The headers of one attempt at Unix time `timestamp`. `secrets` are the live `whsec_` texts, newest first, at least one.
+
+    Sources: Standard Webhooks 1.0.0 for `webhook-*`; the HTTP contract, "Callbacks", for `X-*`, which the newest secret signs.
+    """
+    seconds = int(timestamp)
+    x_timestamp = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {
+        "webhook-id": webhook_id,
+        "webhook-timestamp": str(seconds),
+        "webhook-signature": sign_webhook(secrets, webhook_id, seconds, body),
+        "X-Timestamp": x_timestamp,
+        "X-Signature": sign_body(secrets[0], x_timestamp, body),
+        "content-type": "application/json",
+        "user-agent": _user_agent(),
+        "accept-encoding": "identity",
+    }
+
+
+@cache
+def _user_agent() -> str:
+    return f"payouts/{version('payouts')}"
+
+
+async def send_callback(
+    session: aiohttp.ClientSession, url: str, headers: dict[str, str], body: bytes, *, timeout_seconds: float
+) -> Attempt:
+    """POST exactly these bytes, once, and say what came of it. `session` is one of `open_session`.
+
+    The status line is the verdict, unless what came in one piece with it is not HTTP. What can be read of the answer's body
+    within a second is kept as an excerpt and changes nothing. Redirects are not followed. It all ends within
+    `timeout_seconds`. A URL that may not be called, or no longer, is `address_blocked`.
+
+    Repeat: the receiver sees another attempt under the same `webhook-id`. Two POSTs may happen here as well, when a server
+    closes an idle connection just as we use it (RFC 9112, 9.3.1 and 9.5).
+    Raises nothing but CancelledError.
+    """
+    clock = asyncio.get_running_loop().time
+    started = clock()
+    deadline = started + timeout_seconds
+    wire = _Wire()
+    status, error, excerpt, retry_after_seconds = None, None, b"", 0.0
+    try:
+        async with asyncio.timeout_at(deadline):
+            response = await _post(session, url, headers, body, wire, timeout_seconds)
+    except (aiohttp.ClientError, OSError) as failure:
+        error = _error_of(failure)
+    except Exception:
+        # We or a library are wrong. An attempt that raised would be made again for ever; one that counts comes to an end.
+        get_logger().exception(LogEvent.ROUND_FAILED, round="send")
+        error = "internal_error"
+    else:
+        status = response.status
+        error = _STATUS_ERRORS.get(status // 100, _STATUS_ERROR_UNKNOWN)
+        retry_after_seconds = _parse_retry_after(response.headers)
+        excerpt = await _read_excerpt(response, min(deadline, clock() + _EXCERPT_SECONDS))
+    return Attempt(status, error, excerpt, wire.address, round((clock() - started) * 1000), retry_after_seconds)
+
+
+async def _post(
+    session: aiohttp.ClientSession, url: str, headers: dict[str, str], body: bytes, wire: _Wire, timeout_seconds: float
+) -> aiohttp.ClientResponse:
+    """The answer up to its headers; the caller closes it. Raises what aiohttp raises, and `AddressBlocked`."""
+    if not cast(_Connector, session.connector).allows(url):
+        raise AddressBlocked
+    timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=_CONNECT_SECONDS)
+    token = _wire.set(wire)
+    try:
+        try:
+            return await session.post(url, data=body, headers=headers, allow_redirects=False, timeout=timeout)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError) as failure:
+            if not wire.reused or _answer_begun(failure):
+                raise
+        wire.fresh_only = True
+        return await session.post(url, data=body, headers=headers, allow_redirects=False, timeout=timeout)
+    finally:
+        _wire.reset(token)
+
+
+def _answer_begun(failure: Exception) -> bool:
+    """Whether the connection broke within an answer: aiohttp then hands over what it had parsed, in place of a text."""
+    return isinstance(failure, aiohttp.ServerDisconnectedError) and not isinstance(failure.message, str)
+
+
+async def _read_excerpt(response: aiohttp.ClientResponse, deadline: float) -> bytes:
+    """What came of the answer's body in time, at most `EXCERPT_BYTES_MAX`.
+
+    A connection whose answer was read to the end is in the pool again; any other is closed here.
+    """
+    excerpt = bytearray()
+    try:
+        with suppress(Exception):
+            async with asyncio.timeout_at(deadline):
+                while chunk := await response.content.read(EXCERPT_BYTES_MAX - len(excerpt)):
+                    excerpt += chunk
+    finally:
+        response.close()
+    return bytes(excerpt)
+
+
+def _error_of(failure: Exception) -> str:
+    wrapped = failure.os_error if isinstance(failure, aiohttp.ClientConnectorError) else None
+    return next(code for kind, code in _ERRORS if isinstance(failure, kind) or isinstance(wrapped, kind))
+
+
+def _parse_retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds that the receiver asks us to wait (RFC 9110, 10.2.3), 0 when it does not or says something else.
+
+    A date counts from the answer's own `Date`: both are of the receiver's clock, so that ours does not matter.
+    """
+    retry_after = headers.get("Retry-After", "")
+    if _DELAY_SECONDS.fullmatch(retry_after):
+        return float(retry_after)
+    until, sent = _parse_date(retry_after), _parse_date(headers.get("Date", ""))
+    return max(0.0, (until - sent).total_seconds()) if until and sent else 0.0
+
+
+def _parse_date(text: str) -> datetime | None:
+    """An HTTP date (RFC 9110, 5.6.7), which is always UTC."""
+    try:
+        return parsedate_to_datetime(text).replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        return None
