@@ -7,7 +7,7 @@ import base64
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -48,15 +48,19 @@ class IssuedKey:
 
 
 _TAKEN: Final = {
+    "merchants_code_check": "a merchant's code is 1 to 63 characters of a-z 0-9 and -",
+    "merchants_name_check": "a merchant's name is 1 to 200 characters",
+    "shops_code_check": "a shop's code is 1 to 64 characters of A-Z a-z 0-9 . _ and -",
     "merchants_code_key": "a merchant of that code exists already",
     "shops_merchant_id_code_key": "the merchant has a shop of that code already",
     "shops_one_default_per_merchant": "the merchant has a default shop already",
 }
 
 
-async def _audited(engine: Engine, work: Any) -> Any:
+async def _audited(engine: Engine, work: Callable[[Tx], Awaitable[None]]) -> None:
+    """Run one change. Never repeated: when COMMIT's answer is lost, an operator has to look before asking again."""
     try:
-        return await in_transaction(engine, work)
+        await in_transaction(engine, work, attempts_max=1)
     except IntegrityError as error:
         raise OnboardingRefused(_TAKEN.get(constraint_name(error) or "", "the database refused it")) from error
 

@@ -227,6 +227,7 @@ _RESEND_CALLBACK = text(
            (SELECT coalesce(max(a.attempt_no), 0) FROM callback_attempts a WHERE a.event_id = again.event_id)
       FROM again
         ON CONFLICT (event_id, shop_id) DO UPDATE SET due_at = now()
+           WHERE callback_due.lease_token IS NULL OR callback_due.due_at <= now()
     RETURNING event_id
     """
 )

@@ -223,6 +223,12 @@ async def list_api_keys(tx: Tx, merchant_code: str | None) -> Sequence[Row[*tupl
             merchants.c.code.label("merchant"),
             api_keys.c.public_id,
             api_keys.c.scopes,
+            select(func.array_agg(shops.c.code))
+            .join(api_key_shops, api_key_shops.c.shop_id == shops.c.id)
+            .where(api_key_shops.c.api_key_id == api_keys.c.id)
+            .scalar_subquery()
+            .label("shops"),
+            api_keys.c.allowed_networks,
             api_keys.c.v1_only,
             api_keys.c.expires_at,
             api_keys.c.revoked_at,

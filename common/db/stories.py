@@ -79,6 +79,11 @@ class Story:
     actions: Sequence[StoredRow]
 
 
+async def begin_snapshot(tx: Tx) -> None:
+    """From now on the transaction sees one moment, and changes nothing. Must be its first statement."""
+    await tx.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))
+
+
 async def find_payouts(
     tx: Tx, *, payout_id: UUID | None = None, external_id: str | None = None, shop: tuple[str, str] | None = None
 ) -> Sequence[StoredRow]:

@@ -81,6 +81,7 @@ PARTIES = [
       reason text CHECK (length(reason) BETWEEN 1 AND 1000),
       detail jsonb)
     """,
+    "CREATE INDEX audit_by_subject ON audit (subject)",
 ]
 
 LEDGER = [

@@ -1,0 +1,77 @@
+"""`payouts`: the command line of operators.
+
+Each command is one function in the module of its subject. What it prints goes to stdout, what went wrong to stderr in one
+line. Exit codes: 0 done · 1 a check failed · 2 refused · 3 the database cannot be reached.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+import click
+
+from ops.cli.balance import balance_group
+from ops.cli.callbacks import callbacks_group
+from ops.cli.database import migrate_command, verify_command
+from ops.cli.errors import Refused
+from ops.cli.parties import key_group, merchant_group, shop_group
+from ops.cli.payouts import payout_group
+from ops.cli.sign import sign_command
+
+# How Python shows bytes that are not UTF-8 in what comes from the operating system.
+_NOT_UTF_8: Final = re.compile("[\ud800-\udfff]")
+
+
+_COMMANDS: Final = (
+    merchant_group,
+    shop_group,
+    key_group,
+    balance_group,
+    payout_group,
+    callbacks_group,
+    verify_command,
+    migrate_command,
+    sign_command,
+)
+
+
+@click.group(commands=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+def cli() -> None:
+    """Merchants, money, payouts and callbacks, for operators.
+
+    The database is the one of DATABASE_URL, else that of the stack on this machine. Every change is written down with its
+    actor. Exit codes: 0 done, 1 a check failed, 2 refused, 3 the database cannot be reached.
+    """
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        if any(map(_NOT_UTF_8.search, arguments)):
+            raise Refused("the arguments are not UTF-8")
+        cli.main(list(arguments), prog_name="payouts", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "payouts"
+        _complain(command, f"{error.format_message()} (see {command} --help)")
+        return error.exit_code
+    except click.ClickException as error:
+        _complain("payouts", error.format_message())
+        return error.exit_code
+    except click.Abort:
+        _complain("payouts", "given up")
+        return Refused.exit_code
+    return 0
+
+
+def _complain(command: str, message: str) -> None:
+    """One line on stderr, however many the message has."""
+    click.echo(f"{command}: {' '.join(message.split())}", err=True)

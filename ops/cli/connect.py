@@ -1,0 +1,97 @@
+"""The way from a command to the database: which one, as whom, with which keys."""
+
+import asyncio
+import base64
+import os
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
+
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+from common.db.engine import Engine, create_engine
+from common.sealing import KEY_BYTES, Keyring
+from common.settings import Settings, SettingsInvalid
+from ops.cli.errors import EXPLAINED, Refused, Unreachable, explain
+from ops.state import FOLDER, find_demo, find_or_make_keys
+
+OPS: Final = "payouts_ops"
+READONLY: Final = "payouts_readonly"
+
+_T = TypeVar("_T")
+
+# For commands that seal and open nothing: who may look at balances need not hold the keys. They are given to nobody.
+_NO_KEY: Final = base64.b64encode(bytes(KEY_BYTES)).decode()
+_NO_KEYS: Final = {"PAYOUTS_MASTER_KEYS": f"1:{_NO_KEY}", "PAYOUTS_CONTENT_KEY": _NO_KEY}
+
+
+def run_connected(work: Callable[[Engine], Awaitable[_T]], *, role: str = OPS) -> _T:
+    """What `work` returns; its sessions act as `role`. Raises: `Refused`, `Unreachable`."""
+    return _run(_parse_settings(_NO_KEYS | read_environment()), role, work)
+
+
+def run_changing(work: Callable[[Engine], Awaitable[_T]]) -> _T:
+    """What `work` returns, which changes something, as `payouts_ops`. Raises: `Refused`, `Unreachable`."""
+    with _unsure_when_unreachable():
+        return run_connected(work)
+
+
+def run_sealing(work: Callable[[Engine, Keyring], Awaitable[_T]]) -> _T:
+    """The same, for work that seals secrets. Raises: `Refused`, also without keys; `Unreachable`."""
+    settings = _parse_settings(read_environment())
+    with _unsure_when_unreachable():
+        return _run(settings, OPS, lambda engine: work(engine, settings.keyring))
+
+
+def run_explained(work: Coroutine[Any, Any, _T]) -> _T:
+    """What `work` returns. Raises: `Refused` or `Unreachable`, when the database says no or nothing."""
+    try:
+        return asyncio.run(work)
+    except EXPLAINED as error:
+        raise explain(error) from error
+
+
+def read_environment() -> dict[str, str]:
+    """The environment; without a `DATABASE_URL`, with database and keys of the stack on this machine.
+
+    Raises: `Refused` when there is neither, or the URL is none.
+    """
+    environment = dict(os.environ)
+    if not environment.get("DATABASE_URL"):
+        demo = find_demo(FOLDER)
+        if demo is None:
+            raise Refused("DATABASE_URL is not set, and no stack has run on this machine (`make run` starts one)")
+        environment = {**find_or_make_keys(FOLDER), **environment, "DATABASE_URL": demo.database_url}
+    try:
+        make_url(environment["DATABASE_URL"])
+    except (ArgumentError, ValueError) as error:
+        raise Refused("DATABASE_URL is not the URL of a database") from error
+    return environment
+
+
+@contextmanager
+def _unsure_when_unreachable() -> Iterator[None]:
+    """A commit whose answer was lost may have happened; whoever simply repeats it may do it twice."""
+    try:
+        yield
+    except Unreachable as error:
+        raise Unreachable(f"{error.message}; it may have been done, look before you repeat it") from error
+
+
+def _parse_settings(environment: dict[str, str]) -> Settings:
+    try:
+        return Settings.from_environ(environment)
+    except SettingsInvalid as error:
+        raise Refused(str(error)) from error
+
+
+def _run(settings: Settings, role: str, work: Callable[[Engine], Awaitable[_T]]) -> _T:
+    async def connected() -> _T:
+        engine = create_engine(settings, role=role, application="payouts-cli")
+        try:
+            return await work(engine)
+        finally:
+            await engine.dispose()
+
+    return run_explained(connected())

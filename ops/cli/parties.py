@@ -1,0 +1,224 @@
+"""`payouts merchant`, `payouts shop`, `payouts key`: bringing merchants in. Secrets are shown once, when they are made."""
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError
+
+from common.db.engine import in_transaction
+from common.db.merchants import list_api_keys, list_shops
+from common.domain.addresses import parse_callback_url
+from ops.cli.connect import run_changing, run_connected, run_sealing
+from ops.cli.options import actor_option, json_option, merchant_option, parse_line
+from ops.cli.output import show_record, show_records
+from ops.onboarding import SCOPES, add_key, add_merchant, add_shop, revoke_key
+
+RAILS: Final = ("sandbox",)
+
+_SHOWN_ONCE: Final = "Keep the secret now: it is not shown again."
+
+
+@click.group("merchant")
+def merchant_group() -> None:
+    """Merchants."""
+
+
+@merchant_group.command("add")
+@click.argument("code")
+@click.option("--name", required=True, type=parse_line(200), metavar="TEXT", help="What people call them.")
+@actor_option
+@json_option
+def add_merchant_command(code: str, name: str, actor: str, as_json: bool) -> None:
+    """Bring in the merchant CODE (a-z, 0-9 and hyphens)."""
+    run_changing(lambda engine: add_merchant(engine, code=code, name=name, actor=actor))
+    show_record({"code": code, "name": name}, as_json=as_json)
+
+
+@click.group("shop")
+def shop_group() -> None:
+    """Shops of merchants, each with one currency and one account."""
+
+
+def parse_webhook_url(text: str) -> str:
+    """A URL that a callback could go to. Which addresses may be called, the workers judge when they call."""
+    url = parse_callback_url(text, private_allowed=True, ports=frozenset())
+    if url is None:
+        raise click.BadParameter("must be an absolute http(s) URL without user info")
+    return url
+
+
+def parse_schema_file(name: str) -> dict[str, Any]:
+    """The JSON Schema that a file holds."""
+    try:
+        schema = json.loads(Path(name).read_bytes())
+        if not isinstance(schema, dict):
+            raise click.BadParameter(f"{name} does not hold a JSON object")
+        Draft202012Validator.check_schema(schema)
+    except OSError as error:
+        raise click.BadParameter(f"{name}: {error.strerror}") from error
+    except ValueError as error:
+        raise click.BadParameter(f"{name} does not hold JSON: {error}") from error
+    except SchemaError as error:
+        raise click.BadParameter(f"{name} is not a JSON Schema: {error.message}") from error
+    return schema
+
+
+@shop_group.command("add")
+@click.argument("merchant")
+@click.argument("code")
+@click.option("--currency", required=True, help="ISO 4217; it cannot be changed later.")
+@click.option("--rail", required=True, type=click.Choice(RAILS), help="What pays its payouts.")
+@click.option("--default", "is_default", is_flag=True, help="The one that is meant when a request names none.")
+@click.option(
+    "--webhook-url", type=parse_webhook_url, metavar="URL", help="Where callbacks go when a payout names no URL."
+)
+@click.option(
+    "--payment-data-schema",
+    type=parse_schema_file,
+    metavar="FILE",
+    help="A JSON Schema (2020-12) that the paymentData of its payouts must meet.",
+)
+@actor_option
+@json_option
+def add_shop_command(
+    merchant: str,
+    code: str,
+    currency: str,
+    rail: str,
+    is_default: bool,
+    webhook_url: str | None,
+    payment_data_schema: dict[str, Any] | None,
+    actor: str,
+    as_json: bool,
+) -> None:
+    """Open the shop CODE of MERCHANT with an empty account, and show its webhook secret."""
+    secret = run_sealing(
+        lambda engine, keyring: add_shop(
+            engine,
+            keyring,
+            merchant=merchant,
+            code=code,
+            currency=currency,
+            rail=rail,
+            is_default=is_default,
+            webhook_url=webhook_url,
+            payment_data_schema=payment_data_schema,
+            actor=actor,
+        )
+    )
+    shop = {"merchant": merchant, "code": code, "currency": currency, "rail": rail, "is_default": is_default}
+    _show_secret({**shop, "webhook_url": webhook_url, "webhook_secret": secret}, as_json=as_json)
+
+
+@shop_group.command("list")
+@merchant_option
+@json_option
+def list_shops_command(merchant: str | None, as_json: bool) -> None:
+    """List shops, oldest first."""
+    rows = run_connected(lambda engine: in_transaction(engine, lambda tx: list_shops(tx, merchant)))
+    show_records("shops", (row._asdict() for row in rows), as_json=as_json)
+
+
+@click.group("key")
+def key_group() -> None:
+    """API keys of merchants."""
+
+
+def parse_network(text: str) -> str:
+    """A network in CIDR notation, or one address."""
+    try:
+        return str(ip_network(text))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def parse_expiry(text: str) -> datetime:
+    """A moment to come: ISO 8601, a date or more; in UTC unless it says otherwise."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not an ISO 8601 date or time") from error
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    if moment <= datetime.now(UTC):
+        raise click.BadParameter(f"{text} is over")
+    return moment
+
+
+@key_group.command("add")
+@click.argument("merchant")
+@click.option("--shop", "shops", multiple=True, metavar="CODE", help="Only for this shop; may be repeated.")
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    type=click.Choice(SCOPES),
+    default=SCOPES,
+    show_default="all",
+    help="What it may do; may be repeated.",
+)
+@click.option(
+    "--network", "networks", multiple=True, type=parse_network, metavar="CIDR", help="Only from there; may be repeated."
+)
+@click.option("--expires", "expires_at", type=parse_expiry, metavar="TIME", help="Until then; ISO 8601, in UTC.")
+@click.option("--v1-only", is_flag=True, help="Refuse the older body formula.")
+@actor_option
+@json_option
+def add_key_command(
+    merchant: str,
+    shops: Sequence[str],
+    scopes: Sequence[str],
+    networks: Sequence[str],
+    expires_at: datetime | None,
+    v1_only: bool,
+    actor: str,
+    as_json: bool,
+) -> None:
+    """Issue a key of MERCHANT, for all its shops unless some are named, and show its secret."""
+    issued = run_sealing(
+        lambda engine, keyring: add_key(
+            engine,
+            keyring,
+            merchant=merchant,
+            shops=shops,
+            scopes=scopes,
+            networks=networks,
+            expires_at=expires_at,
+            v1_only=v1_only,
+            actor=actor,
+        )
+    )
+    limits = {"shops": shops, "scopes": scopes, "networks": networks, "expires_at": expires_at, "v1_only": v1_only}
+    _show_secret(
+        {"merchant": merchant, **limits, "public_id": issued.public_id, "secret": issued.secret}, as_json=as_json
+    )
+
+
+@key_group.command("revoke")
+@click.argument("public_id")
+@actor_option
+@json_option
+def revoke_key_command(public_id: str, actor: str, as_json: bool) -> None:
+    """Revoke the key PUBLIC_ID for good. Gateways follow within PAYOUTS_KEY_CACHE_SECONDS."""
+    run_changing(lambda engine: revoke_key(engine, public_id=public_id, actor=actor))
+    show_record({"public_id": public_id, "revoked": True}, as_json=as_json)
+
+
+@key_group.command("list")
+@merchant_option
+@json_option
+def list_keys_command(merchant: str | None, as_json: bool) -> None:
+    """List keys, revoked ones too, oldest first; never their secrets."""
+    rows = run_connected(lambda engine: in_transaction(engine, lambda tx: list_api_keys(tx, merchant)))
+    show_records("keys", (row._asdict() for row in rows), as_json=as_json)
+
+
+def _show_secret(record: dict[str, Any], *, as_json: bool) -> None:
+    show_record(record, as_json=as_json)
+    if not as_json:
+        click.echo(_SHOWN_ONCE)
