@@ -29,15 +29,17 @@ async def serve(settings: Settings) -> None:
         shutdown_timeout=settings.drain_seconds,
     )
     stop = stop_requested()
-    async with admin_server(settings.admin_port, readiness):
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, settings.host, settings.port, reuse_port=True).start()
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, settings.host, settings.port, reuse_port=True).start()
+        async with admin_server(settings.admin_port, readiness):
             get_logger().info(LogEvent.PROCESS_STARTED, port=settings.port)
             await stop.wait()
             readiness.leave()
-        finally:
+            # Requests that were begun are answered; meanwhile the admin port says that we are leaving.
             await runner.cleanup()
+    finally:
+        await runner.cleanup()
     get_logger().info(LogEvent.PROCESS_STOPPED)
 
 

@@ -1,5 +1,6 @@
 """Free ports on loopback."""
 
+import errno
 import random
 import socket
 from typing import Final
@@ -15,19 +16,19 @@ def loopback_url(port: int) -> str:
     return f"http://{LOOPBACK}:{port}"
 
 
-def is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there now. Asks without SO_REUSEPORT: that would share with whoever is there."""
+def find_obstacle(host: str, port: int) -> str | None:
+    """Why no server could listen there now, or None. Asks without SO_REUSEPORT: that would share with whoever is there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return "taken by another program" if error.errno == errno.EADDRINUSE else error.strerror
+    return None
 
 
 def choose_port(wanted: int | None = None) -> int:
     """The wanted port if it is free, else a random free one; random, so that two that choose at once differ."""
-    if wanted is not None and is_free(LOOPBACK, wanted):
+    if wanted is not None and find_obstacle(LOOPBACK, wanted) is None:
         return wanted
-    return next(port for port in random.sample(_PORTS, len(_PORTS)) if is_free(LOOPBACK, port))
+    return next(port for port in random.sample(_PORTS, len(_PORTS)) if find_obstacle(LOOPBACK, port) is None)

@@ -195,6 +195,11 @@ async def save_api_key_revoked(tx: Tx, public_id: str) -> bool:
     return revoked.rowcount == 1
 
 
+async def save_webhook_secret(tx: Tx, shop_id: UUID, sealed: bytes) -> None:
+    """Give a shop another webhook secret, sealed for (shop, shop)."""
+    await tx.execute(update(shops).where(shops.c.id == shop_id).values(webhook_secret_sealed=sealed))
+
+
 async def list_shops(tx: Tx, merchant_code: str | None) -> Sequence[Row[*tuple[Any, ...]]]:
     """Shops with their merchants' codes, oldest first."""
     query = (

@@ -1,0 +1,37 @@
+# What people do here. PORT, DATABASE_URL and every other setting of the README pass through: make run PORT=9000
+
+PYTHON := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help run demo test check lint types fmt reset venv
+
+help: ## Show this.
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile | expand -t 16
+
+run: venv ## Bring up the whole product on this machine, until Ctrl-C.
+	@$(PYTHON) -m ops.local up
+
+demo: venv ## Send 1,000 payouts through what `make run` brought up.
+	@$(PYTHON) -m ops.demo
+
+test: venv ## Run the tests; ARGS="-k word" chooses some.
+	@$(PYTHON) -m pytest $(ARGS)
+
+check: lint types test ## Lint, types and tests.
+
+lint: venv ## Look for mistakes and for untidy formatting.
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+
+types: venv ## Check the types.
+	@$(PYTHON) -m mypy
+
+fmt: venv ## Format the code.
+	@$(PYTHON) -m ruff format .
+	@$(PYTHON) -m ruff check --fix .
+
+reset: venv ## Forget everything that `make run` keeps in .local.
+	@$(PYTHON) -m ops.local reset
+
+venv: # Make .venv, or bring it to what the lock says.
+	@sh ops/bootstrap.sh

@@ -1,0 +1,110 @@
+"""The demo merchant: one shop with money, and a key. Made once, found again."""
+
+import base64
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Final
+from uuid import UUID
+
+from common.db.engine import Engine, Tx, create_engine, in_transaction
+from common.db.ledger import append_adjustment, append_audit, lock_accounts
+from common.db.merchants import find_merchant_id, find_shop_by_codes, list_api_keys, save_webhook_secret
+from common.domain.signing import WEBHOOK_SECRET_PREFIX
+from common.sealing import KEY_BYTES, WEBHOOK_SECRET_PURPOSE, Keyring
+from common.settings import Settings
+from ops.onboarding import add_key, add_merchant, add_shop
+from ops.state import Demo
+
+MERCHANT: Final = "demo"
+SHOP: Final = "demo-shop"
+CURRENCY: Final = "BDT"
+FUNDS_MINOR: Final = 100_000_000
+_ACTOR: Final = "ops.local"
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What the demo merchant proves itself with, and what it checks callbacks with."""
+
+    api_key: str
+    api_secret: str = field(repr=False)
+    webhook_secret: str = field(repr=False)
+
+
+async def seed(settings: Settings, remembered: Demo | None) -> Credentials:
+    """See that the demo merchant exists in this database, and return its credentials.
+
+    Repeat: what is remembered and still opens this database stays valid, else it is replaced. The shop's account gets its
+    funds as its first entry, so once.
+    """
+    engine = create_engine(settings, role="payouts_ops", application="payouts-local")
+    try:
+        known = remembered if remembered is not None and await _is_live(engine, remembered.api_key) else None
+        webhook_secret = await _see_to_shop(engine, settings.keyring, known)
+        await in_transaction(engine, _fund)
+        if known is not None:
+            return Credentials(known.api_key, known.api_secret, webhook_secret)
+        issued = await add_key(engine, settings.keyring, merchant=MERCHANT, actor=_ACTOR)
+        return Credentials(issued.public_id, issued.secret, webhook_secret)
+    finally:
+        await engine.dispose()
+
+
+async def _is_live(engine: Engine, public_id: str) -> bool:
+    keys = await in_transaction(engine, lambda tx: list_api_keys(tx, MERCHANT))
+    return any(key.public_id == public_id and key.revoked_at is None for key in keys)
+
+
+async def _see_to_shop(engine: Engine, keyring: Keyring, known: Demo | None) -> str:
+    """Make the merchant and the shop unless they exist; return the shop's webhook secret."""
+    if await in_transaction(engine, lambda tx: find_merchant_id(tx, MERCHANT)) is None:
+        await add_merchant(engine, code=MERCHANT, name="Demo", actor=_ACTOR)
+    shop = await in_transaction(engine, lambda tx: find_shop_by_codes(tx, MERCHANT, SHOP))
+    if shop is None:
+        return await add_shop(
+            engine,
+            keyring,
+            merchant=MERCHANT,
+            code=SHOP,
+            currency=CURRENCY,
+            rail="sandbox",
+            is_default=True,
+            webhook_url=None,
+            payment_data_schema=None,
+            actor=_ACTOR,
+        )
+    return await _renew_webhook_secret(engine, keyring, shop.id) if known is None else known.webhook_secret
+
+
+async def _renew_webhook_secret(engine: Engine, keyring: Keyring, shop_id: UUID) -> str:
+    """Give the shop another webhook secret: nobody remembers the one it has."""
+    secret = WEBHOOK_SECRET_PREFIX + base64.b64encode(os.urandom(KEY_BYTES)).decode()
+    sealed = keyring.seal(secret.encode(), owner=shop_id, row=shop_id, purpose=WEBHOOK_SECRET_PURPOSE, now=time.time())
+
+    async def work(tx: Tx) -> None:
+        await save_webhook_secret(tx, shop_id, sealed)
+        await append_audit(tx, actor=_ACTOR, action="shop.renew_webhook_secret", subject=f"{MERCHANT}/{SHOP}")
+
+    await in_transaction(engine, work)
+    return secret
+
+
+async def _fund(tx: Tx) -> None:
+    """Credit the shop's account unless it ever had an entry.
+
+    Locks: the account.
+    """
+    shop = await find_shop_by_codes(tx, MERCHANT, SHOP)
+    if shop is None:
+        raise LookupError(SHOP)
+    locked = (await lock_accounts(tx, [shop.account_id], wait=True))[shop.account_id]
+    if locked.account.last_seq == 0:
+        await append_adjustment(
+            tx,
+            account_id=shop.account_id,
+            amount_minor=FUNDS_MINOR,
+            actor=_ACTOR,
+            reason="funds of the demo shop",
+            subject=f"{MERCHANT}/{SHOP}",
+        )

@@ -1,0 +1,185 @@
+import asyncio
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from shutil import which
+from typing import Final
+
+import psutil
+import pytest
+
+from ops.demo import check_ledger, run
+from ops.local import reset_folder
+from ops.ports import choose_port
+from ops.state import Demo, find_demo
+from ops.welcome import render_curl
+
+LINE_SECONDS: Final = 60
+PARTS: Final = {"receiver", "settle", "callbacks", "sweep", "gateway-1", "gateway-2"}
+BRING_UP: Final = "import sys, pathlib; from ops.local import bring_up; bring_up(pathlib.Path(sys.argv[1]))"
+
+
+class Terminal:
+    """Somebody who brings the stack of a folder up, and reads what it says."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder = folder
+        self.port = port
+        self.lines: list[str] = []
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def bring_up(self) -> None:
+        """Start it, in a session of its own."""
+        self.lines = []
+        environment = {"PATH": os.environ["PATH"], "PORT": str(self.port)}
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            BRING_UP,
+            str(self.folder),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+    async def read_until(self, word: str) -> str:
+        """The first line from here on that begins with a word."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        async with asyncio.timeout(LINE_SECONDS):
+            while line := (await self._process.stdout.readline()).decode():
+                self.lines.append(line.rstrip())
+                if line.startswith(word):
+                    return line
+        raise AssertionError(f"it ended without {word}: {self.lines}")
+
+    async def end(self, number: signal.Signals) -> int:
+        """Send a signal, read the rest, and return the exit code."""
+        assert self._process is not None
+        with suppress(ProcessLookupError):
+            self._process.send_signal(number)
+        output, _ = await self._process.communicate()
+        self.lines += output.decode().splitlines()
+        assert self._process.returncode is not None
+        return self._process.returncode
+
+    @property
+    def demo(self) -> Demo:
+        """The demo merchant."""
+        demo = find_demo(self.folder)
+        assert demo is not None
+        return demo
+
+    def processes(self) -> dict[str, psutil.Process]:
+        """The parts that are recorded as running."""
+        records = {record.name: record.read_text() for record in (self.folder / "processes").iterdir()}
+        return {name: psutil.Process(int(text.split()[0])) for name, text in records.items()}
+
+
+@pytest.fixture
+def folder() -> Path:
+    """A folder that any account may pass through."""
+    folder = Path(tempfile.mkdtemp(prefix="payouts-local-"))
+    folder.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+async def terminal(folder: Path) -> AsyncIterator[Terminal]:
+    """A terminal with a folder of its own, and nothing left of it afterwards."""
+    terminal = Terminal(folder, choose_port())
+    yield terminal
+    await terminal.end(signal.SIGKILL)
+    await asyncio.to_thread(reset_folder, folder)
+
+
+async def run_shell(command: str) -> str:
+    process = await asyncio.create_subprocess_exec("/bin/sh", "-c", command, stdout=asyncio.subprocess.PIPE)
+    output, _ = await process.communicate()
+    return output.decode()
+
+
+async def test_payouts_go_all_the_way_and_the_end_is_in_order(terminal: Terminal) -> None:
+    await terminal.bring_up()
+    await terminal.read_until("ready")
+    processes = terminal.processes()
+
+    outcome = await run(terminal.demo, 20, 60, lambda _: None)
+
+    assert outcome.surprises == []
+    assert outcome.is_complete(20)
+    assert await check_ledger(terminal.demo.database_url) == []
+    assert processes.keys() == PARTS
+    assert all(os.getsid(process.pid) == process.pid for process in processes.values())
+    assert (terminal.folder / "demo.json").stat().st_mode & 0o777 == 0o600
+    assert await terminal.end(signal.SIGINT) == 0
+    stopped = [line.split()[0] for line in terminal.lines if line.endswith("stopped")]
+    assert stopped == ["gateway-1", "gateway-2", "settle", "callbacks", "sweep", "receiver", "PostgreSQL"]
+    assert not any(process.is_running() for process in processes.values())
+
+
+@pytest.mark.skipif(
+    not (which("curl") and which("openssl")), reason="the command is for machines with curl and openssl"
+)
+async def test_the_printed_command_answers_201_and_then_200(terminal: Terminal) -> None:
+    await terminal.bring_up()
+    await terminal.read_until("ready")
+    command = render_curl(terminal.demo, "PAY-1")
+
+    first, second = await run_shell(command), await run_shell(command)
+
+    assert first.startswith("HTTP/1.1 201 ")
+    assert second.startswith("HTTP/1.1 200 ")
+
+
+async def test_a_start_after_kill_9_cleans_up_and_keeps_the_key(terminal: Terminal) -> None:
+    await terminal.bring_up()
+    await terminal.read_until("ready")
+    before, left_behind = terminal.demo, terminal.processes()
+    await terminal.end(signal.SIGKILL)
+    assert all(process.is_running() for process in left_behind.values())
+
+    await terminal.bring_up()
+    await terminal.read_until("ready")
+
+    assert terminal.demo == before
+    assert not any(process.is_running() for process in left_behind.values())
+    assert terminal.processes().keys() == PARTS
+
+
+async def test_a_part_that_dies_is_named_and_started_again(terminal: Terminal) -> None:
+    await terminal.bring_up()
+    await terminal.read_until("ready")
+
+    terminal.processes()["settle"].kill()
+
+    assert "died (SIGKILL)" in await terminal.read_until("settle")
+    assert "ready again" in await terminal.read_until("settle        ready")
+
+
+async def test_a_taken_port_is_named(terminal: Terminal) -> None:
+    with socket.socket() as somebody:
+        somebody.bind(("127.0.0.1", terminal.port))
+        somebody.listen()
+        await terminal.bring_up()
+
+        line = await terminal.read_until("error")
+
+    assert f"port {terminal.port} of 127.0.0.1: taken by another program; PORT=… chooses another" in line
+
+
+async def test_a_second_stack_of_the_same_folder_is_refused(terminal: Terminal) -> None:
+    await terminal.bring_up()
+    await terminal.read_until("ready")
+    second = Terminal(terminal.folder, choose_port())
+
+    await second.bring_up()
+
+    assert "already runs, as process" in await second.read_until("error")
+    await second.end(signal.SIGKILL)
