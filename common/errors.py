@@ -9,7 +9,7 @@
     │   ├── InvalidRequest
     │   ├── RuleBroken                ShopNotFound · DefaultShopMissing · ShopCurrencyMismatch · ExternalIdReused ·
     │   │                             InsufficientBalance
-    │   └── MethodNotAllowed · BodyTooLarge · UnsupportedMediaType · RateLimited
+    │   └── MethodNotAllowed · BodyTooLarge · UnsupportedMediaType · UnreadableRequest · RateLimited
     ├── Transient                     the world is wrong for now: repeating is safe and may help
     │   └── Overloaded · AccountBusy · DatabaseUnavailable · DatabaseSlow
     └── InvariantViolated             we are wrong
@@ -154,6 +154,12 @@ class BodyTooLarge(Rejected):
 
 class UnsupportedMediaType(Rejected):
     reason, message = "content_type_unsupported", "Content-Type must be application/json"
+
+
+class UnreadableRequest(Rejected):
+    """What arrived is not HTTP as we speak it."""
+
+    reason, message = "request_unreadable", "Request is not valid HTTP"
 
 
 class RateLimited(Rejected):

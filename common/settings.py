@@ -5,7 +5,7 @@ The table in the README is checked against this file.
 """
 
 import base64
-import binascii
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
@@ -34,11 +34,17 @@ def _setting(variable: str, parse: Callable[[str], Any], default: str | None, do
     return field(metadata=meta) if default is None else field(default_factory=lambda: parse(default), metadata=meta)
 
 
+class _Nonsense(ValueError):
+    """A value that makes no sense; the text says what would, and never repeats it."""
+
+
 def _integer(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,12}", text, re.ASCII):
+            raise _Nonsense("must be a whole number")
         value = int(text)
         if not low <= value <= high:
-            raise ValueError(f"must be {low} to {high}")
+            raise _Nonsense(f"must be {low} to {high}")
         return value
 
     return parse
@@ -46,9 +52,11 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
 
 def _decimal(low: float, high: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", text, re.ASCII):
+            raise _Nonsense("must be a number")
         value = float(text)
         if not low <= value <= high:
-            raise ValueError(f"must be {low:g} to {high:g}")
+            raise _Nonsense(f"must be {low:g} to {high:g}")
         return value
 
     return parse
@@ -57,7 +65,7 @@ def _decimal(low: float, high: float) -> Callable[[str], float]:
 def _choice(*words: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in words:
-            raise ValueError(f"must be one of {', '.join(words)}")
+            raise _Nonsense(f"must be one of {', '.join(words)}")
         return text
 
     return parse
@@ -65,6 +73,18 @@ def _choice(*words: str) -> Callable[[str], str]:
 
 def _switch(text: str) -> bool:
     return _choice("0", "1")(text) == "1"
+
+
+def _postgresql(text: str) -> str:
+    if not re.match(r"postgres(ql)?(\+asyncpg)?://", text):
+        raise _Nonsense("must be postgresql://…")
+    return text
+
+
+def _address(text: str) -> str:
+    if not text.strip():
+        raise _Nonsense("must name an address")
+    return text
 
 
 def _optional(text: str) -> str | None:
@@ -78,28 +98,44 @@ def _ports(text: str) -> frozenset[int]:
 def _key(text: str) -> bytes:
     try:
         key = base64.b64decode(text, validate=True)
-    except binascii.Error:
-        raise ValueError("must be base64") from None
+    except ValueError:
+        raise _Nonsense("must be base64") from None
     if len(key) != KEY_BYTES:
-        raise ValueError(f"must be {KEY_BYTES} bytes, base64")
+        raise _Nonsense(f"must be {KEY_BYTES} bytes, base64")
     return key
 
 
 def _master_keys(text: str) -> dict[int, bytes]:
     pairs = [pair.partition(":") for pair in text.split(",")]
     if not all(separator and key_id.isdecimal() for key_id, separator, _ in pairs):
-        raise ValueError("must look like 1:<base64>,2:<base64>")
-    return {_integer(1, 65_535)(key_id): _key(key) for key_id, _, key in pairs}
+        raise _Nonsense("must look like 1:<base64>,2:<base64>")
+    keys = {_integer(1, 65_535)(key_id): _key(key) for key_id, _, key in pairs}
+    if len(keys) != len(pairs):
+        raise _Nonsense("must not have an id twice")
+    return keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Everything that can be set. Units are in the names."""
 
-    database_url: str = _setting(
-        "DATABASE_URL", str, None, "PostgreSQL, `postgresql://…`; the login must be a member of the `payouts_*` roles"
+    database_url: str = field(
+        repr=False,
+        metadata={
+            _META: _Setting(
+                "DATABASE_URL",
+                _postgresql,
+                "PostgreSQL, `postgresql://…`; the login must be a member of the `payouts_*` roles",
+            )
+        },
     )
-    amqp_url: str | None = _setting("AMQP_URL", _optional, "", "RabbitMQ; empty: PostgreSQL alone carries the work")
+    amqp_url: str | None = field(
+        default=None,
+        repr=False,
+        metadata={
+            _META: _Setting("AMQP_URL", _optional, "RabbitMQ; empty: PostgreSQL alone carries the work", ""),
+        },
+    )
     master_keys: dict[int, bytes] = field(
         repr=False,
         metadata={
@@ -117,7 +153,7 @@ class Settings:
         },
     )
 
-    host: str = _setting("PAYOUTS_HOST", str, "127.0.0.1", "address the gateway listens on")
+    host: str = _setting("PAYOUTS_HOST", _address, "127.0.0.1", "address the gateway listens on")
     port: int = _setting("PORT", _integer(1, 65_535), "8080", "port of the gateway; its processes share it")
     admin_port: int = _setting(
         "PAYOUTS_ADMIN_PORT", _integer(0, 65_535), "0", "metrics and health on loopback, one per process; 0: none"
@@ -239,7 +275,7 @@ class Settings:
             try:
                 if text is not None:
                     values[item.name] = setting.parse(text)
-            except ValueError as error:
+            except _Nonsense as error:
                 problems.append(f"{setting.variable}: {error}")
         missing = {f.metadata[_META].variable for f in fields(cls) if f.name in _REQUIRED and f.name not in values}
         problems += [f"{variable}: must be set" for variable in sorted(missing - {p.split(":")[0] for p in problems})]

@@ -11,6 +11,7 @@ from common.log import LogEvent, configure_logging, get_logger
 from common.process import stop_requested
 from common.settings import Settings, SettingsInvalid
 from gateway.app import create_app
+from gateway.server import GatewayRunner
 from migrations.run import newest_revision
 
 KEEPALIVE_SECONDS = 75
@@ -20,14 +21,7 @@ async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then finish what was begun."""
     readiness = Readiness()
     app = create_app(settings, readiness, schema_revision=newest_revision())
-    # Bodies stay as received: they are what was signed.
-    runner = web.AppRunner(
-        app,
-        access_log=None,
-        auto_decompress=False,
-        keepalive_timeout=KEEPALIVE_SECONDS,
-        shutdown_timeout=settings.drain_seconds,
-    )
+    runner = GatewayRunner(app, keepalive_timeout=KEEPALIVE_SECONDS, shutdown_timeout=settings.drain_seconds)
     stop = stop_requested()
     await runner.setup()
     try:

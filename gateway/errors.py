@@ -22,8 +22,13 @@ from common.errors import (
     ShopNotFound,
     Transient,
     Unauthenticated,
+    UnreadableRequest,
     UnsupportedMediaType,
 )
+
+REQUEST_ID: Final = "X-Request-Id"
+# What we call ourselves; which versions we stand on is nobody's business.
+SERVER: Final = "payouts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,7 @@ class HttpError:
 
 # A subclass without a row of its own is answered like its family.
 HTTP_ERRORS: Final[dict[type[PayoutsError], HttpError]] = {
+    UnreadableRequest: HttpError(400, "bad_request"),
     Unauthenticated: HttpError(401, "unauthorized"),
     AccessDenied: HttpError(403, "forbidden"),
     NotFound: HttpError(404, "not_found"),

@@ -19,7 +19,7 @@ from gateway.accept import Order
 from gateway.auth import Caller
 from gateway.errors import json_response
 from gateway.keys import ACCEPTOR, AUTHENTICATOR, ENGINE, KEYRING, SETTINGS
-from gateway.schemas import AMOUNT_INVALID, CreatePayout, parse_create_payout, render_payout
+from gateway.schemas import AMOUNT_INVALID, CreatePayout, parse_create_payout, read_query, render_payout
 
 
 async def create_payout(request: web.Request, caller: Caller, body: bytes) -> web.Response:
@@ -45,7 +45,7 @@ async def create_payout(request: web.Request, caller: Caller, body: bytes) -> we
 async def show_payout(request: web.Request, caller: Caller, _body: bytes) -> web.Response:
     """`GET /payouts/{external_id}`: the payout as it is now, in the scope of the resolved shop."""
     app = request.app
-    shop = await app[AUTHENTICATOR].resolve_shop(caller, request.query.get("shop_code"))
+    shop = await app[AUTHENTICATOR].resolve_shop(caller, read_query(request, "shop_code"))
     external_id = request.match_info["external_id"]
     payout = None
     if "\x00" not in external_id:
@@ -65,9 +65,9 @@ def place_order(create: CreatePayout, shop: Shop, keyring: Keyring, *, now: floa
     if create.currency != shop.currency:
         raise ShopCurrencyMismatch(shop.currency)
     amount_minor = parse_amount(create.amount, shop.currency_exponent)
-    if amount_minor is None:
-        raise InvalidRequest(AMOUNT_INVALID)
-    _judge_payment_data(create, shop)
+    errors = [*([AMOUNT_INVALID] if amount_minor is None else []), *_payment_data_errors(create, shop)]
+    if amount_minor is None or errors:
+        raise InvalidRequest(*errors)
     payout_id = new_id()
     recipient = Recipient(create.recipient, create.payment_data)
     return Order(
@@ -88,13 +88,10 @@ def place_order(create: CreatePayout, shop: Shop, keyring: Keyring, *, now: floa
     )
 
 
-def _judge_payment_data(create: CreatePayout, shop: Shop) -> None:
-    """Names the fields that break the shop's schema; the validator's own words would repeat their values."""
+def _payment_data_errors(create: CreatePayout, shop: Shop) -> list[FieldError]:
+    """The fields that break the shop's schema, by name; the validator's own words would repeat their values."""
     if shop.payment_data_schema is None:
-        return
-    validator = Draft202012Validator(shop.payment_data_schema)
-    paths = {
-        ".".join(("paymentData", *map(str, e.absolute_path))) for e in validator.iter_errors(create.payment_data or {})
-    }
-    if paths:
-        raise InvalidRequest(*(FieldError(path, "Invalid paymentData") for path in sorted(paths)))
+        return []
+    broken = Draft202012Validator(shop.payment_data_schema).iter_errors(create.payment_data or {})
+    paths = {".".join(("paymentData", *map(str, error.absolute_path))) for error in broken}
+    return [FieldError(path, "Invalid paymentData") for path in sorted(paths)]

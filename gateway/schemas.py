@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
+from aiohttp import web
+
 from common.db.merchants import Shop
 from common.db.payouts import Payout
 from common.domain.addresses import parse_callback_url
@@ -229,6 +231,14 @@ def _is_metadata(value: object) -> bool:
             for key, text in value.items()
         )
     )
+
+
+def read_query(request: web.Request, name: str) -> str | None:
+    """One parameter of the query. Raises: `InvalidRequest` when it is there twice: pairs are signed in any order."""
+    values = request.query.getall(name, [])
+    if len(values) > 1:
+        raise InvalidRequest(FieldError(name, f"{name} must be given once"))
+    return values[0] if values else None
 
 
 def render_payout(payout: Payout, shop: Shop) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class Stack:
             *arguments,
             cwd=ROOT,
             env={
-                "PATH": os.environ.get("PATH", ""),
+                **{name: os.environ[name] for name in ("PATH", "COVERAGE_PROCESS_CONFIG") if name in os.environ},
                 "PORT": str(self.port),
                 "PAYOUTS_ADMIN_PORT": str(admin_port),
                 **environment(self.database_url, **self._overrides),

@@ -25,7 +25,7 @@ CALLBACK_DELAYS: Final = (
 )
 CALLBACK_RETRY_AFTER_MAX: Final = 6 * _HOUR
 
-# A submit that was provably not accepted: about a day, then the payout fails with `provider_unavailable`.
+# A submit that was provably not accepted: about 16 hours, then the payout fails with `provider_unavailable`.
 SUBMIT_DELAYS: Final = (1, 5, 30, 2 * _MINUTE, 10 * _MINUTE, 30 * _MINUTE, 1 * _HOUR, 2 * _HOUR, 4 * _HOUR, 8 * _HOUR)
 
 # A payout whose fate the rail has not told yet: minutes, then hours, then daily without end. Time never decides it.

@@ -14,7 +14,7 @@ def settings_table() -> str:
     for item in fields(Settings):
         setting = item.metadata["setting"]
         default = "required" if setting.default is None else f"`{setting.default}`" if setting.default else ""
-        assert (setting.default is None) == (item.default_factory is MISSING)
+        assert (setting.default is None) == (item.default_factory is MISSING and item.default is MISSING)
         rows.append(f"| `{setting.variable}` | {default} | {setting.doc} |")
     return "\n".join(rows)
 
