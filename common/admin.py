@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from common.db.engine import Engine, in_transaction
 from common.errors import Transient
@@ -21,6 +22,11 @@ class Readiness:
     def __init__(self) -> None:
         self._schema_fits = False
         self._leaving = False
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the process is on its way out."""
+        return self._leaving
 
     @property
     def reason(self) -> str | None:
@@ -41,8 +47,9 @@ class Readiness:
                     engine, lambda tx: tx.scalar(text("SELECT version_num FROM alembic_version"))
                 )
                 self._schema_fits = found == revision
-            except Transient:
-                get_logger().warning(LogEvent.ROUND_FAILED, round="schema", error="database_unavailable")
+            except (Transient, DBAPIError) as error:
+                # No table or no role yet: somebody has still to migrate.
+                get_logger().warning(LogEvent.ROUND_FAILED, round="schema", error=type(error).__name__)
             if not self._schema_fits:
                 await asyncio.sleep(_SCHEMA_POLL_SECONDS)
 

@@ -8,7 +8,7 @@ batch again tells what happened (the account's lock makes it wait for the first 
 import asyncio
 import json
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
@@ -24,6 +24,7 @@ from common.domain.money import render_amount
 from common.domain.payout import State
 from common.errors import (
     AccessDenied,
+    AccountBusy,
     ExternalIdReused,
     InsufficientBalance,
     InvalidApiKey,
@@ -35,6 +36,8 @@ from common.errors import (
 from common.log import LogEvent, get_logger
 
 _ATTEMPTS_MAX: Final = 3
+# How long a shop that is behind waits for its account before others get the committer.
+_BUSY_TURN_SECONDS: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +76,14 @@ Verdict = Accepted | PayoutsError
 class _Waiting:
     order: Order
     future: asyncio.Future[Accepted]
+    busy_until: float = 0.0
 
 
 class Acceptor:
     """Accepts payouts. Creates of one shop always wait in one line; lines share a few committers.
 
-    A shop whose account somebody else holds gets a line and a committer of its own until it has caught up, so it delays
-    only itself.
+    A shop whose account somebody else holds gets a line of its own until it has caught up, and waits there in short turns
+    for at most `busy_seconds_max`; so it delays only itself.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class Acceptor:
         *,
         committers: int,
         busy_committers: int,
+        busy_seconds_max: float,
         batch_max: int,
         queue_max: int,
         wait_seconds: float,
@@ -98,6 +103,7 @@ class Acceptor:
         self._wait_seconds = wait_seconds
         self._lines = [_Line() for _ in range(committers)]
         self._busy_lines: dict[UUID, _Line] = {}
+        self._busy_seconds_max = busy_seconds_max
         self._busy_slots = asyncio.Semaphore(busy_committers)
         self._waiting_count = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -144,7 +150,8 @@ class Acceptor:
     async def _run_line(self, line: "_Line") -> None:
         try:
             while batch := line.take(self._batch_max):
-                for waiting in await self._commit(batch, wait=False):
+                for waiting in await self._commit(batch, wait_seconds=0):
+                    waiting.busy_until = monotonic() + self._busy_seconds_max
                     self._to_busy_line(waiting)
         finally:
             line.running = False
@@ -162,22 +169,40 @@ class Acceptor:
             while line.waiting:
                 async with self._busy_slots:
                     if batch := line.take(self._batch_max):
-                        await self._commit(batch, wait=True)
+                        self._again(line, await self._commit(batch, wait_seconds=_BUSY_TURN_SECONDS))
         finally:
             del self._busy_lines[shop_id]
 
-    async def _commit(self, batch: list[_Waiting], *, wait: bool) -> list[_Waiting]:
+    def _again(self, line: "_Line", busy: list[_Waiting]) -> None:
+        """Back to the front of the line, in their order, but for those that have waited long enough."""
+        now = monotonic()
+        for waiting in reversed(busy):
+            # One that came straight to this line begins to count now.
+            waiting.busy_until = waiting.busy_until or now + self._busy_seconds_max
+            if now < waiting.busy_until:
+                line.waiting.appendleft(waiting)
+            else:
+                settle_future(waiting.future, AccountBusy())
+
+    async def _commit(self, batch: list[_Waiting], *, wait_seconds: float) -> list[_Waiting]:
         """Decide a batch in one transaction and settle it; returns those whose account somebody else holds."""
 
         async def decide(orders: Sequence[Order]) -> list[Verdict | None]:
             return await in_transaction(
-                self._engine, lambda tx: decide_batch(tx, orders, wait=wait), attempts_max=_ATTEMPTS_MAX
+                self._engine,
+                lambda tx: decide_batch(tx, orders, wait_seconds=wait_seconds, is_wanted=is_wanted),
+                attempts_max=_ATTEMPTS_MAX,
             )
+
+        futures = {waiting.order.id: waiting.future for waiting in batch}
+
+        def is_wanted(order: Order) -> bool:
+            return not futures[order.id].done()
 
         busy = []
         verdicts = await flush_by_halves(decide, [waiting.order for waiting in batch])
         for waiting, verdict in zip(batch, verdicts, strict=True):
-            if verdict is None:
+            if verdict is None or isinstance(verdict, AccountBusy):
                 busy.append(waiting)
             else:
                 settle_future(waiting.future, _ours(verdict, waiting.order))
@@ -212,21 +237,27 @@ class _Line:
         return batch
 
 
-async def decide_batch(tx: Tx, orders: Sequence[Order], *, wait: bool) -> list[Verdict | None]:
+async def decide_batch(
+    tx: Tx, orders: Sequence[Order], *, wait_seconds: float, is_wanted: Callable[[Order], bool] = lambda _: True
+) -> list[Verdict | None]:
     """Decide orders in their order, and write those that are accepted: payout, hold and due row.
 
-    Locks: the accounts of the batch, in id order. With `wait` false, accounts that somebody else holds are left out.
+    Locks: the accounts of the batch, in id order. With `wait_seconds` 0, accounts that somebody else holds are left out.
+    `is_wanted` is asked under the locks: an order that was given up while they were awaited is not accepted any more.
     Repeat: an order whose payout exists with its own id was accepted by an earlier try.
     Returns: a verdict per order; None where the account was left out.
     """
-    locked = await lock_accounts(tx, {order.shop.account_id for order in orders}, wait=wait)
+    locked = await lock_accounts(tx, {order.shop.account_id for order in orders}, wait_seconds=wait_seconds)
     ours = [order for order in orders if order.shop.account_id in locked]
     existing = await find_by_external_ids(tx, {(order.shop.id, order.external_id) for order in ours}) if ours else {}
     accepted: list[NewPayout] = []
     verdicts: list[Verdict | None] = []
     for order in orders:
         account = locked.get(order.shop.account_id)
-        verdicts.append(None if account is None else _decide(order, account, existing, accepted))
+        if not is_wanted(order):
+            verdicts.append(Overloaded())
+        else:
+            verdicts.append(None if account is None else _decide(order, account, existing, accepted))
     if accepted:
         await append_accepted(tx, accepted)
     return verdicts

@@ -21,6 +21,7 @@ from common.errors import (
     InvalidRequest,
     InvariantViolated,
     MethodNotAllowed,
+    Overloaded,
     PayoutsError,
     RouteNotFound,
     UnreadableRequest,
@@ -32,7 +33,7 @@ from gateway.accept import Acceptor
 from gateway.auth import Authenticator, Caller, read_credentials
 from gateway.balance import show_balance
 from gateway.errors import REQUEST_ID, SERVER, render_error
-from gateway.keys import ACCEPTOR, AUTHENTICATOR, ENGINE, KEYRING, SETTINGS
+from gateway.keys import ACCEPTOR, AUTHENTICATOR, ENGINE, KEYRING, READINESS, SETTINGS
 from gateway.payouts import create_payout, show_payout
 
 PREFIX: Final = "/api/v1"
@@ -66,6 +67,7 @@ def create_app(settings: Settings, readiness: Readiness, *, schema_revision: str
     app = web.Application(middlewares=[answer], client_max_size=BODY_BYTES_MAX)
     app[SETTINGS] = settings
     app[KEYRING] = settings.keyring
+    app[READINESS] = readiness
     app.cleanup_ctx.append(_resources(readiness, schema_revision))
     app.router.add_get("/livez", livez)
     app.router.add_get("/readyz", readyz(readiness))
@@ -99,6 +101,7 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
             accept_engine,
             committers=settings.accept_committers,
             busy_committers=busy_committers,
+            busy_seconds_max=settings.database_lock_timeout_seconds,
             batch_max=settings.accept_batch_max,
             queue_max=settings.accept_queue_max,
             wait_seconds=settings.accept_wait_seconds_max,
@@ -146,6 +149,9 @@ async def _read_body(request: web.Request, timeout_seconds: float) -> bytes:
     except web.HTTPRequestEntityTooLarge:
         raise BodyTooLarge from None
     except TimeoutError:
+        if request.app[READINESS].leaving:
+            # Nothing more is read on the way out; that is not the merchant's fault.
+            raise Overloaded from None
         raise InvalidRequest(FieldError("body", "Request body was not received in time")) from None
     except (ConnectionError, web.RequestPayloadError):
         raise UnreadableRequest from None

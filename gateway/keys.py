@@ -2,12 +2,14 @@
 
 from aiohttp import web
 
+from common.admin import Readiness
 from common.db.engine import Engine
 from common.sealing import Keyring
 from common.settings import Settings
 from gateway.accept import Acceptor
 from gateway.auth import Authenticator
 
+READINESS = web.AppKey("READINESS", Readiness)
 SETTINGS = web.AppKey("SETTINGS", Settings)
 ENGINE = web.AppKey("ENGINE", Engine)
 KEYRING = web.AppKey("KEYRING", Keyring)

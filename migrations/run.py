@@ -26,6 +26,11 @@ ADVISORY_LOCK_WAIT_SECONDS = 120
 LOCK_TIMEOUT = "5s"
 STATEMENT_TIMEOUT = "60s"
 
+# Since PostgreSQL 16 a member need not be allowed to become the role; before, every member was.
+_MAY_BECOME = """
+SELECT pg_has_role(current_user, :role,
+                   CASE WHEN current_setting('server_version_num')::int >= 160000 THEN 'SET' ELSE 'MEMBER' END)
+"""
 _CREATE_ROLE = """
 DO $$ BEGIN
   CREATE ROLE {role} NOLOGIN;
@@ -72,8 +77,10 @@ def newest_revision() -> str:
 
 def _upgrade(connection: Connection) -> None:
     for role in ROLES:
-        connection.execute(text(_CREATE_ROLE.format(role=role)))
-        connection.execute(text(f"GRANT {role} TO CURRENT_USER"))
+        if not connection.scalar(text("SELECT 1 FROM pg_roles WHERE rolname = :role"), {"role": role}):
+            connection.execute(text(_CREATE_ROLE.format(role=role)))
+        if not connection.scalar(text(_MAY_BECOME), {"role": role}):
+            connection.execute(text(f"GRANT {role} TO CURRENT_USER"))
     connection.execute(text(_GRANT_OWNER))
     connection.execute(text("SET LOCAL ROLE payouts_owner"))
     if MigrationContext.configure(connection).get_current_revision() == newest_revision():

@@ -77,7 +77,12 @@ async def add_funded_merchant(
     """A merchant of its own, ready to pay."""
     code = f"merchant-{next(_numbers)}"
     await add_merchant(owner, code=code, name=code, actor=ACTOR)
-    options = {"rail": "sandbox", "is_default": True, "webhook_url": None, "payment_data_schema": None} | shop_options
+    options: dict[str, Any] = {
+        "rail": "sandbox",
+        "is_default": True,
+        "webhook_url": None,
+        "payment_data_schema": None,
+    } | shop_options
     webhook_secret = await add_shop(
         owner, config.keyring, merchant=code, code="shop-001", currency=currency, actor=ACTOR, **options
     )
@@ -110,29 +115,30 @@ def order(config: Settings, shop: Shop, *, payout_id: UUID | None = None, **fiel
     """A create that has passed every check but those of the transaction."""
     payout_id = payout_id or new_id()
     recipient = fields.pop("recipient", "01712345678")
-    return Order(
-        **{
-            "id": payout_id,
-            "shop": shop,
-            "external_id": f"PAY-{next(_numbers)}",
-            "amount_minor": 1000,
-            "recipient_sealed": seal_recipient(
-                config.keyring, Recipient(recipient, None), shop_id=shop.id, payout_id=payout_id, now=time.time()
-            ),
-            "recipient_masked": mask_recipient(recipient),
-            "recipient_digest": config.keyring.digest(f"recipient|{recipient}", owner=shop.id),
-            "payment_data_digest": None,
-            "callback_url": None,
-            "details": None,
-        }
-        | fields
-    )
+    values: dict[str, Any] = {
+        "id": payout_id,
+        "shop": shop,
+        "external_id": f"PAY-{next(_numbers)}",
+        "amount_minor": 1000,
+        "recipient_sealed": seal_recipient(
+            config.keyring, Recipient(recipient, None), shop_id=shop.id, payout_id=payout_id, now=time.time()
+        ),
+        "recipient_masked": mask_recipient(recipient),
+        "recipient_digest": config.keyring.digest(f"recipient|{recipient}", owner=shop.id),
+        "payment_data_digest": None,
+        "callback_url": None,
+        "details": None,
+    } | fields
+    return Order(**values)
 
 
-async def fetch(owner: Engine, query: str, **values: Any) -> list[Any]:
-    """Rows of a query, asked as the owner."""
+async def fetch(owner: Engine, query: str, *, commit: bool = False, **values: Any) -> list[Any]:
+    """Rows of a query, asked as the owner; with `commit`, of a statement that returns what it wrote."""
     async with owner.connect() as connection:
-        return list((await connection.execute(text(query), values)).all())
+        rows = list((await connection.execute(text(query), values)).all())
+        if commit:
+            await connection.commit()
+        return rows
 
 
 async def execute(owner: Engine, statement: str, **values: Any) -> None:

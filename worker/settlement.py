@@ -6,23 +6,26 @@ A call's outcome is concluded by one pure function, `conclude`. A payout whose l
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 from typing import Final
 from uuid import UUID, uuid4
+from weakref import WeakValueDictionary
 
 from common.batching import Batcher
 from common.db.callbacks import Event, append_events
 from common.db.due import (
     Claim,
+    Claimed,
     FinishedAttempt,
     History,
     NewAttempt,
     append_attempts,
     claim_due,
     delete_due,
+    find_contradicted,
     find_histories,
     find_rails_due,
     finish_attempts,
@@ -30,20 +33,24 @@ from common.db.due import (
     reschedule_due,
 )
 from common.db.engine import Engine, Tx, in_transaction
-from common.db.ledger import lock_accounts
+from common.db.ledger import LockedAccount, lock_accounts
 from common.db.payouts import LockedPayout, Move, lock_payouts, save_moves
 from common.domain.ids import PAYOUT, new_id, render_id
 from common.domain.ledger import EntryKind
-from common.domain.payout import State
+from common.domain.payout import FAILURES, State
 from common.domain.schedule import look_up_delay, submit_delay
 from common.domain.telling import event_type, render_payout_event
-from common.errors import PayoutsError
+from common.errors import PayoutsError, Transient
 from common.log import LogEvent, get_logger
 from common.process import end_tasks
 from common.recipients import open_recipient
 from common.sealing import Keyring, SealBroken
 from common.settings import Settings
 from worker.rails import Answer, Outcome, PaymentOrder, Rail, Rails
+
+# As the schema has them.
+PROVIDER_REFERENCE_CHARACTERS_MAX: Final = 200
+DETAIL_CHARACTERS_MAX: Final = 200
 
 SUBMIT: Final = "submit"
 LOOK_UP: Final = "look_up"
@@ -52,8 +59,10 @@ LOOK_UP: Final = "look_up"
 _SHOPS_MAX: Final = 64
 _FIRST_SHOP: Final = UUID(int=0)
 _RECORD_BATCH_MAX: Final = 128
-# Longer than other transactions: an outcome that is not recorded costs a look-up.
-_RECORD_ATTEMPTS_MAX: Final = 20
+_RECORD_ATTEMPTS_MAX: Final = 5
+_RECORD_PAUSE_SECONDS: Final = 0.2
+# How long a shop that is behind waits for its account before others get the connection.
+_BUSY_TURN_SECONDS: Final = 0.2
 # How often rails are looked for that have payouts and no longer exist.
 _NO_ROUTE_SECONDS: Final = 5.0
 
@@ -69,6 +78,7 @@ class Call:
     history: History | None
     token: UUID
     start_until: float
+    lag_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +109,16 @@ class Settler:
         self._calls: set[asyncio.Task[None]] = set()
         self._calls_by_shop: dict[str, Counter[UUID]] = {rail: Counter() for rail in rails}
         self._next_shop = dict.fromkeys(rails, _FIRST_SHOP)
-        self._records: Batcher[Ended, None] = Batcher(self._record, batch_max=_RECORD_BATCH_MAX)
+        self._records: Batcher[Ended, bool] = Batcher(self._record, batch_max=_RECORD_BATCH_MAX)
+        # Of shops that are behind; gone when nobody waits on them.
+        self._busy_records: WeakValueDictionary[UUID, Batcher[Ended, bool]] = WeakValueDictionary()
+        self._busy_slots = asyncio.Semaphore(max(1, settings.database_pool_max // 3))
         self._no_route_at = 0.0
 
     async def run_round(self) -> bool:
         """Claim what is due and start its calls. Returns whether there was anything."""
         claimed = [await self._claim(name, rail) for name, rail in self._rails.items()]
-        if not any(claimed) and monotonic() >= self._no_route_at:
+        if monotonic() >= self._no_route_at:
             self._no_route_at = monotonic() + _NO_ROUTE_SECONDS
             await self._fail_without_route()
         return any(claimed)
@@ -115,35 +128,45 @@ class Settler:
         await end_tasks(self._calls, deadline_seconds)
 
     async def _claim(self, name: str, rail: Rail) -> bool:
-        """Take what fits from one rail, shops in turn; at the end of the round of shops, begin again at once."""
+        """Take what fits from one rail, shops in turn: from where the last claim ended, then from the beginning."""
+        for start in dict.fromkeys((self._next_shop[name], _FIRST_SHOP)):
+            after_shop: UUID | None = start
+            while after_shop is not None:
+                claimed = await self._claim_behind(name, rail, after_shop)
+                if claimed is None:
+                    return False
+                self._next_shop[name] = claimed.next_shop or _FIRST_SHOP
+                if claimed.shop_ids:
+                    return True
+                after_shop = claimed.next_shop
+        return False
+
+    async def _claim_behind(self, name: str, rail: Rail, after_shop: UUID) -> Claimed | None:
+        """One claim and the start of its calls; None when there is no room for more."""
         settings, busy = self._settings, self._calls_by_shop[name]
-        free = settings.settle_concurrency - busy.total()
-        if free <= 0:
-            return False
+        room = settings.settle_concurrency - busy.total()
+        if room <= 0:
+            return None
         claim = Claim(
             rail=name,
             token=uuid4(),
             lease_seconds=settings.settle_lease_seconds,
-            claim_max=min(free, settings.settle_batch_max),
+            claim_max=min(room, settings.settle_batch_max),
             shop_max=settings.settle_shop_concurrency,
             shops_max=_SHOPS_MAX,
         )
-        for after_shop in dict.fromkeys((self._next_shop[name], _FIRST_SHOP)):
-            start_until = monotonic() + settings.settle_lease_seconds - settings.rail_timeout_seconds
-            work = partial(
-                claim_calls,
-                claim=claim,
-                after_shop=after_shop,
-                busy=busy,
-                lag_seconds=rail.lag_seconds,
-                start_until=start_until,
-            )
-            calls, last_shop = await in_transaction(self._engine, work)
-            self._next_shop[name] = last_shop
-            self._start(name, rail, calls)
-            if last_shop != _FIRST_SHOP:
-                return True
-        return False
+        start_until = monotonic() + settings.settle_lease_seconds - settings.rail_timeout_seconds
+        work = partial(
+            claim_calls,
+            claim=claim,
+            after_shop=after_shop,
+            busy=busy,
+            lag_seconds=rail.lag_seconds,
+            start_until=start_until,
+        )
+        claimed, calls = await in_transaction(self._engine, work)
+        self._start(name, rail, calls)
+        return claimed
 
     def _start(self, name: str, rail: Rail, calls: Iterable[Call]) -> None:
         for call in calls:
@@ -156,7 +179,7 @@ class Settler:
         started = monotonic()
         try:
             answer = await self._ask(rail, call)
-            await self._records.submit(Ended(call, answer))
+            await self._keep(Ended(call, answer))
             get_logger().info(
                 LogEvent.PAYOUT_ATTEMPTED,
                 payout=render_id(PAYOUT, call.payout.id),
@@ -201,17 +224,48 @@ class Settler:
             get_logger().error(LogEvent.RAIL_CRASHED, payout=render_id(PAYOUT, payout.id), error=_name(error))
             return Answer(Outcome.UNKNOWN, detail=_name(error))
 
-    async def _record(self, ended: Sequence[Ended]) -> list[None]:
-        await in_transaction(self._engine, lambda tx: record_answers(tx, ended), attempts_max=_RECORD_ATTEMPTS_MAX)
-        return [None] * len(ended)
+    async def _keep(self, ended: Ended) -> None:
+        """Record an answer, together with others; for as long as the lease lasts, whatever stands in the way.
+
+        A shop whose account somebody else holds keeps no other waiting: it goes on by itself, in short turns.
+        """
+        batcher = self._records
+        until = ended.call.start_until + self._settings.rail_timeout_seconds
+        while True:
+            try:
+                if await batcher.submit(ended):
+                    return
+            except Transient:
+                if monotonic() >= until:
+                    raise
+                await asyncio.sleep(_RECORD_PAUSE_SECONDS)
+            batcher = self._busy_records.setdefault(
+                ended.call.payout.shop_id, Batcher(self._record_busy, batch_max=_RECORD_BATCH_MAX)
+            )
+
+    async def _record(self, ended: Sequence[Ended], wait_seconds: float = 0.0) -> list[bool]:
+        """Record what can be recorded now; False where the account is somebody else's at the moment."""
+        busy = await in_transaction(
+            self._engine,
+            lambda tx: record_answers(tx, ended, wait_seconds=wait_seconds),
+            attempts_max=_RECORD_ATTEMPTS_MAX,
+        )
+        return [item.call.payout.id not in busy for item in ended]
+
+    async def _record_busy(self, ended: Sequence[Ended]) -> list[bool]:
+        async with self._busy_slots:
+            return await self._record(ended, _BUSY_TURN_SECONDS)
 
     async def _fail_without_route(self) -> None:
         for name in await in_transaction(self._engine, find_rails_due):
-            if name not in self._rails:
+            after_shop: UUID | None = None if name in self._rails else _FIRST_SHOP
+            while after_shop is not None:
                 claim = Claim(
-                    name, uuid4(), self._settings.settle_lease_seconds, _RECORD_BATCH_MAX, _RECORD_BATCH_MAX, 1
+                    name, uuid4(), self._settings.settle_lease_seconds, _RECORD_BATCH_MAX, _RECORD_BATCH_MAX, _SHOPS_MAX
                 )
-                await in_transaction(self._engine, partial(fail_without_route, claim=claim))
+                after_shop = await in_transaction(
+                    self._engine, partial(fail_without_route, claim=claim, after_shop=after_shop)
+                )
 
 
 def _name(error: Exception) -> str:
@@ -220,15 +274,16 @@ def _name(error: Exception) -> str:
 
 async def claim_calls(
     tx: Tx, *, claim: Claim, after_shop: UUID, busy: Counter[UUID], lag_seconds: float, start_until: float
-) -> tuple[list[Call], UUID]:
+) -> tuple[Claimed, list[Call]]:
     """Take due payouts and write down the calls that will be made for them, before they are made.
 
     Locks: due rows (skipping those that others hold), then payouts.
-    Returns: the calls, and the shop behind which the next claim begins; the first shop when there was nothing.
+    Returns: what was taken, and the calls to make for it.
     """
-    shop_ids = await claim_due(tx, claim, after_shop, busy)
+    claimed = await claim_due(tx, claim, after_shop, busy)
+    shop_ids = claimed.shop_ids
     if not shop_ids:
-        return [], _FIRST_SHOP
+        return claimed, []
     payouts = await lock_payouts(tx, shop_ids)
     histories = await find_histories(tx, shop_ids)
     lost = [(p, histories[p.id]) for p in payouts if p.id in histories and histories[p.id].outcome is None]
@@ -243,7 +298,7 @@ async def claim_calls(
             continue
         if payout.state is State.QUEUED:
             moves.append(Move(payout, State.SENDING))
-        calls.append(_call(payout, histories.get(payout.id), claim.token, start_until))
+        calls.append(_call(payout, histories.get(payout.id), claim.token, start_until, lag_seconds))
     await save_moves(tx, moves)
     await append_attempts(
         tx,
@@ -253,10 +308,10 @@ async def claim_calls(
     await reschedule_due(tx, dict.fromkeys(abandoned, max(look_up_delay(0), lag_seconds)))
     for payout_id in abandoned:
         get_logger().warning(LogEvent.PAYOUT_LEASE_EXPIRED, payout=render_id(PAYOUT, payout_id))
-    return calls, max(shop_ids.values())
+    return claimed, calls
 
 
-def _call(payout: LockedPayout, history: History | None, token: UUID, start_until: float) -> Call:
+def _call(payout: LockedPayout, history: History | None, token: UUID, start_until: float, lag_seconds: float) -> Call:
     return Call(
         payout=payout,
         action=SUBMIT if payout.state is State.QUEUED else LOOK_UP,
@@ -266,36 +321,86 @@ def _call(payout: LockedPayout, history: History | None, token: UUID, start_unti
         history=history,
         token=token,
         start_until=start_until,
+        lag_seconds=lag_seconds,
     )
 
 
-async def record_answers(tx: Tx, ended: Sequence[Ended]) -> None:
+async def record_answers(tx: Tx, ended: Sequence[Ended], *, wait_seconds: float) -> set[UUID]:
     """Write down what the rails said, and what follows: attempt, state, money, event, callback, what is due.
 
-    Locks: due rows, payouts, then the accounts of those that end; each in id order.
+    Locks: due rows, payouts, then the accounts of those that end; each in id order. With `wait_seconds` 0, payouts whose
+    account somebody else holds are left as they are.
     Repeat: an answer that is recorded already finds its payout moved on and its lease gone, and changes nothing.
+    Returns: the payouts that were left.
     """
-    by_payout = {item.call.payout.id: item for item in ended}
-    tokens = await lock_due(tx, by_payout)
-    payouts = await lock_payouts(tx, by_payout)
-    await finish_attempts(tx, [_finished(item) for item in ended])
-    conclusions = {
-        payout.id: conclude(payout, by_payout[payout.id], held=tokens.get(payout.id) == by_payout[payout.id].call.token)
-        for payout in payouts
+    ended = [Ended(item.call, sane(item.answer, item.call.action)) for item in ended]
+    ids = {item.call.payout.id for item in ended}
+    tokens = await lock_due(tx, ids)
+    payouts = {payout.id: payout for payout in await lock_payouts(tx, ids)}
+    late = [
+        (item.call.payout.id, item.call.attempt_no)
+        for item in ended
+        if item.answer.outcome is Outcome.PAID and tokens.get(item.call.payout.id) != item.call.token
+    ]
+    contradicted = await find_contradicted(tx, late)
+    conclusions: dict[UUID, Conclusion | None] = {}
+    references: dict[UUID, str | None] = {}
+    for item in sorted(ended, key=lambda item: item.answer.outcome is Outcome.PAID):
+        # Of two answers for one payout "paid" is the last word: it cannot be taken back.
+        payout_id = item.call.payout.id
+        if payout_id in contradicted:
+            _note_contradiction(payouts[payout_id], item)
+            continue
+        conclusion = conclude(payouts[payout_id], item, held=tokens.get(payout_id) == item.call.token)
+        conclusions[payout_id] = conclusion or conclusions.get(payout_id)
+        references[payout_id] = item.answer.provider_reference or references.get(payout_id)
+    ending = {payouts[key].account_id for key, c in conclusions.items() if c and c.state and c.state.is_final}
+    accounts = await lock_accounts(tx, ending, wait_seconds=wait_seconds) if ending else {}
+    busy = {
+        key
+        for key, c in conclusions.items()
+        if c and c.state and c.state.is_final and payouts[key].account_id not in accounts
     }
-    await _apply(tx, payouts, conclusions, {key: item.answer.provider_reference for key, item in by_payout.items()})
+    await finish_attempts(tx, [_finished(item) for item in ended if item.call.payout.id not in busy])
+    concluded = [(payouts[key], c) for key, c in conclusions.items() if c is not None and key not in busy]
+    await _apply(tx, concluded, accounts, references)
+    return busy
 
 
-async def fail_without_route(tx: Tx, claim: Claim) -> None:
+async def fail_without_route(tx: Tx, *, claim: Claim, after_shop: UUID) -> UUID | None:
     """End queued payouts whose rail no longer exists; those that were sent keep waiting for a word.
 
-    Locks: as `record_answers`.
+    Locks: as `record_answers`; payouts whose account somebody else holds are left for another time.
+    Returns: the shop behind which to go on, or None at the end.
     """
-    payouts = await lock_payouts(tx, await claim_due(tx, claim, _FIRST_SHOP, {}))
-    conclusions = {
-        payout.id: Conclusion(State.FAILED, None, "no_route") for payout in payouts if payout.state is State.QUEUED
-    }
-    await _apply(tx, payouts, conclusions, {})
+    claimed = await claim_due(tx, claim, after_shop, {})
+    payouts = await lock_payouts(tx, claimed.shop_ids)
+    queued = [
+        (payout, Conclusion(State.FAILED, None, "no_route")) for payout in payouts if payout.state is State.QUEUED
+    ]
+    accounts = await lock_accounts(tx, {payout.account_id for payout, _ in queued}, wait_seconds=0)
+    await _apply(tx, [(payout, end) for payout, end in queued if payout.account_id in accounts], accounts, {})
+    return claimed.next_shop
+
+
+def sane(answer: Answer, action: str) -> Answer:
+    """An answer that can be stored, whatever a rail made up: an outcome that does not answer the call is `UNKNOWN`, unknown
+    codes are `other`, texts fit their columns.
+    """
+    code = answer.failure_code
+    beside = Outcome.NOT_FOUND if action == SUBMIT else Outcome.NOT_ACCEPTED
+    return Answer(
+        Outcome.UNKNOWN if answer.outcome is beside else answer.outcome,
+        failure_code=code if code is None or code in FAILURES else "other",
+        provider_reference=_storable(answer.provider_reference, PROVIDER_REFERENCE_CHARACTERS_MAX),
+        detail=_storable(answer.detail, DETAIL_CHARACTERS_MAX),
+    )
+
+
+def _storable(text: str | None, characters_max: int) -> str | None:
+    if text is None:
+        return None
+    return text.replace("\x00", "").encode("utf-8", "replace").decode()[:characters_max] or None
 
 
 def _finished(item: Ended) -> FinishedAttempt:
@@ -323,11 +428,11 @@ def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | 
     if outcome is Outcome.DECLINED:
         return Conclusion(State.FAILED, None, ended.answer.failure_code or "provider_declined")
     if ended.call.action == SUBMIT:
-        return _conclude_submit(outcome, 0 if history is None else history.submits_refused)
+        return _conclude_submit(outcome, 0 if history is None else history.submits_refused, ended.call.lag_seconds)
     return _conclude_look_up(payout, outcome, 0 if history is None else history.look_ups)
 
 
-def _conclude_submit(outcome: Outcome, refusals_before: int) -> Conclusion:
+def _conclude_submit(outcome: Outcome, refusals_before: int, lag_seconds: float) -> Conclusion:
     if outcome is Outcome.SUBMITTED:
         return Conclusion(State.SUBMITTED, look_up_delay(0))
     if outcome is Outcome.NOT_ACCEPTED:
@@ -335,7 +440,8 @@ def _conclude_submit(outcome: Outcome, refusals_before: int) -> Conclusion:
         if delay_seconds is None:
             return Conclusion(State.FAILED, None, "provider_unavailable")
         return Conclusion(State.QUEUED, delay_seconds)
-    return Conclusion(State.VERIFYING, look_up_delay(0))
+    # Before its lag is over, the rail may not know of what it has taken.
+    return Conclusion(State.VERIFYING, max(look_up_delay(0), lag_seconds))
 
 
 def _conclude_look_up(payout: LockedPayout, outcome: Outcome, look_ups_before: int) -> Conclusion:
@@ -366,13 +472,11 @@ def _note_contradiction(payout: LockedPayout, ended: Ended) -> None:
 
 async def _apply(
     tx: Tx,
-    payouts: Sequence[LockedPayout],
-    conclusions: dict[UUID, Conclusion | None] | dict[UUID, Conclusion],
-    provider_references: dict[UUID, str | None],
+    concluded: Sequence[tuple[LockedPayout, Conclusion]],
+    accounts: Mapping[int, LockedAccount],
+    provider_references: Mapping[UUID, str | None],
 ) -> None:
-    concluded = [(payout, conclusion) for payout in payouts if (conclusion := conclusions.get(payout.id)) is not None]
-    ending = [payout.account_id for payout, conclusion in concluded if conclusion.state and conclusion.state.is_final]
-    accounts = await lock_accounts(tx, set(ending), wait=True) if ending else {}
+    """Carry conclusions out. The accounts of all that end are locked."""
     moves = []
     for payout, conclusion in concluded:
         if conclusion.state is None:

@@ -61,8 +61,8 @@ _CLAIM_CALLBACKS = text(
 
 _LOCK_CALLBACK_DUE = text(
     """
-    SELECT event_id, lease_token FROM callback_due WHERE event_id = ANY (CAST(:ids AS uuid[]))
-     ORDER BY event_id FOR UPDATE
+    SELECT d.event_id, d.lease_token FROM unnest(CAST(:ids AS uuid[])) AS w (id)
+      JOIN callback_due d ON d.event_id = w.id ORDER BY d.event_id FOR UPDATE OF d
     """
 )
 

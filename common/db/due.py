@@ -34,11 +34,14 @@ _CLAIM_DUE = text(
           WHERE d.rail = :rail AND d.shop_id = turn.shop_id AND d.due_at <= now()
           ORDER BY d.due_at LIMIT greatest(CAST(:shop_max AS int) - coalesce(busy.calls, 0), 0)
           FOR UPDATE SKIP LOCKED) p
-       LIMIT CAST(:claim_max AS int))
-    UPDATE payout_due d
-       SET lease_token = CAST(:token AS uuid), due_at = now() + make_interval(secs => CAST(:lease_seconds AS float8))
-      FROM picked WHERE d.payout_id = picked.payout_id AND d.shop_id = picked.shop_id
-    RETURNING d.payout_id, d.shop_id
+       LIMIT CAST(:claim_max AS int)),
+    claimed AS (
+      UPDATE payout_due d
+         SET lease_token = CAST(:token AS uuid), due_at = now() + make_interval(secs => CAST(:lease_seconds AS float8))
+        FROM picked WHERE d.payout_id = picked.payout_id AND d.shop_id = picked.shop_id
+      RETURNING d.payout_id, d.shop_id)
+    SELECT claimed.payout_id, claimed.shop_id, visited.shop_id AS visited, visited.n AS visits
+      FROM (SELECT shop_id, n FROM turn ORDER BY n DESC LIMIT 1) visited LEFT JOIN claimed ON true
     """
 )
 
@@ -72,14 +75,22 @@ _FINISH_ATTEMPTS = text(
       FROM unnest(CAST(:payout_id AS uuid[]), CAST(:shop_id AS uuid[]), CAST(:attempt_no AS int[]),
                   CAST(:outcome AS text[]), CAST(:detail AS text[])) AS f (payout_id, shop_id, attempt_no, outcome, detail)
      WHERE a.payout_id = f.payout_id AND a.shop_id = f.shop_id AND a.attempt_no = f.attempt_no
-       AND (a.finished_at IS NULL OR a.outcome = 'unknown')
+       AND (a.finished_at IS NULL OR a.outcome = 'unknown' AND f.outcome <> 'unknown')
+    """
+)
+
+_FIND_CONTRADICTED = text(
+    """
+    SELECT a.payout_id FROM unnest(CAST(:payout_id AS uuid[]), CAST(:attempt_no AS int[])) AS w (payout_id, attempt_no)
+      JOIN payout_attempts a ON a.payout_id = w.payout_id AND a.attempt_no = w.attempt_no
+     WHERE a.outcome NOT IN ('unknown', 'paid')
     """
 )
 
 _LOCK_DUE = text(
     """
-    SELECT payout_id, lease_token FROM payout_due WHERE payout_id = ANY (CAST(:ids AS uuid[]))
-     ORDER BY payout_id FOR UPDATE
+    SELECT d.payout_id, d.lease_token FROM unnest(CAST(:ids AS uuid[])) AS w (id)
+      JOIN payout_due d ON d.payout_id = w.id ORDER BY d.payout_id FOR UPDATE OF d
     """
 )
 
@@ -106,28 +117,42 @@ class Claim:
     shops_max: int
 
 
-async def claim_due(tx: Tx, claim: Claim, after_shop: UUID, busy: Mapping[UUID, int]) -> dict[UUID, UUID]:
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What a claim took: shop ids by payout id. `next_shop`: behind it the next claim begins; None: all shops were visited."""
+
+    shop_ids: dict[UUID, UUID]
+    next_shop: UUID | None
+
+
+async def claim_due(tx: Tx, claim: Claim, after_shop: UUID, busy: Mapping[UUID, int]) -> Claimed:
     """Take due payouts under a lease, shop by shop in turn, beginning behind `after_shop`; what others hold is skipped.
 
     `busy` says how many calls this worker has under way per shop; they count towards `shop_max`.
     Locks: the due rows taken.
-    Returns: shop ids by payout id.
     """
-    rows = await tx.execute(
-        _CLAIM_DUE,
-        {
-            "rail": claim.rail,
-            "after_shop": after_shop,
-            "busy_shops": list(busy),
-            "busy_counts": list(busy.values()),
-            "token": claim.token,
-            "lease_seconds": claim.lease_seconds,
-            "claim_max": claim.claim_max,
-            "shop_max": claim.shop_max,
-            "shops_max": claim.shops_max,
-        },
-    )
-    return {row.payout_id: row.shop_id for row in rows}
+    rows = (
+        await tx.execute(
+            _CLAIM_DUE,
+            {
+                "rail": claim.rail,
+                "after_shop": after_shop,
+                "busy_shops": list(busy),
+                "busy_counts": list(busy.values()),
+                "token": claim.token,
+                "lease_seconds": claim.lease_seconds,
+                "claim_max": claim.claim_max,
+                "shop_max": claim.shop_max,
+                "shops_max": claim.shops_max,
+            },
+        )
+    ).all()
+    shop_ids = {row.payout_id: row.shop_id for row in rows if row.payout_id is not None}
+    if len(shop_ids) >= claim.claim_max:
+        # Shops behind the last one taken were visited in vain.
+        return Claimed(shop_ids, max(shop_ids.values()))
+    more = bool(rows) and rows[0].visits >= claim.shops_max
+    return Claimed(shop_ids, rows[0].visited if more else None)
 
 
 async def find_rails_due(tx: Tx) -> list[str]:
@@ -200,6 +225,16 @@ async def finish_attempts(tx: Tx, attempts: Sequence[FinishedAttempt]) -> None:
     """Write down how calls ended. Repeat: the first outcome of an attempt stands."""
     if attempts:
         await tx.execute(_FINISH_ATTEMPTS, _arrays(attempts, FinishedAttempt))
+
+
+async def find_contradicted(tx: Tx, paid: Sequence[tuple[UUID, int]]) -> set[UUID]:
+    """Of attempts (payout, number) that are now called paid, the payouts where that attempt was told otherwise before."""
+    if not paid:
+        return set()
+    rows = await tx.scalars(
+        _FIND_CONTRADICTED, {"payout_id": [key for key, _ in paid], "attempt_no": [number for _, number in paid]}
+    )
+    return set(rows)
 
 
 async def lock_due(tx: Tx, payout_ids: Collection[UUID]) -> dict[UUID, UUID | None]:

@@ -24,6 +24,9 @@ _UNAVAILABLE_CLASSES: Final = ("08", "53", "57")
 _READ_ONLY: Final = "25006"
 _STATEMENT_TIMED_OUT: Final = "57014"
 
+# Everything these do goes by index; without statistics the planner may think otherwise.
+_BY_INDEX_ONLY: Final = frozenset({"payouts_gateway", "payouts_worker"})
+
 ATTEMPTS_MAX: Final = 5
 # Where somebody waits for an answer that asking again later would give as well.
 READ_ATTEMPTS_MAX: Final = 2
@@ -59,6 +62,7 @@ def create_engine(settings: Settings, *, role: str, application: str, pool_max: 
                 "jit": "off",
                 # A generic plan made while a table was small would stay until somebody analyses it.
                 "plan_cache_mode": "force_custom_plan",
+                **({"enable_seqscan": "off"} if role in _BY_INDEX_ONLY else {}),
                 **{name: str(int(seconds * 1000)) for name, seconds in milliseconds.items()},
             },
         },

@@ -134,6 +134,42 @@ RULES: Final = (
         """,
     ),
     Rule(
+        "money_follows_the_rail",
+        "Money was captured only when the rail said that it paid, and never released when it did.",
+        """
+        SELECT p.id FROM payouts p
+         WHERE p.resolution_seq IS NOT NULL AND (p.state IN ('success', 'refunded')) <> EXISTS (
+           SELECT 1 FROM payout_attempts t
+            WHERE t.payout_id = p.id AND t.shop_id = p.shop_id AND t.outcome = 'paid')
+        """,
+    ),
+    Rule(
+        "entry_is_of_its_account",
+        "Every entry carries the shop of its account.",
+        """
+        SELECT e.account_id || '/' || e.seq FROM entries e LEFT JOIN accounts a ON a.id = e.account_id
+         WHERE e.shop_id IS DISTINCT FROM a.shop_id
+        """,
+    ),
+    Rule(
+        "adjustment_matches_its_audit",
+        "Every adjustment is what its audit row says: the account and the amount.",
+        """
+        SELECT e.account_id || '/' || e.seq FROM entries e LEFT JOIN audit a ON a.id = e.audit_id
+         WHERE e.kind = 'adjustment' AND NOT coalesce(
+           a.action = 'balance.topup' AND a.detail ->> 'account_id' = e.account_id::text
+           AND a.detail ->> 'amount_minor' = e.posted_delta_minor::text, false)
+        """,
+    ),
+    Rule(
+        "event_tells_what_happened",
+        "No event tells a status that its payout does not have.",
+        """
+        SELECT coalesce(p.id, e.id) FROM events e LEFT JOIN payouts p ON p.id = e.payout_id AND p.shop_id = e.shop_id
+         WHERE e.type IS DISTINCT FROM 'payout.' || p.state
+        """,
+    ),
+    Rule(
         "finished_payout_has_its_event",
         "Every finished payout has the event that tells its status, and its callback when somebody is to be called.",
         """

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import func, insert, select, text
@@ -25,17 +25,17 @@ class LockedAccount:
 
 
 _LOCK_ACCOUNTS = text(
-    "SELECT l.*, now() AS locked_at FROM lock_accounts(CAST(:ids AS bigint[]), CAST(:wait AS boolean)) l"
+    "SELECT l.*, now() AS locked_at FROM lock_accounts(CAST(:ids AS bigint[]), CAST(:wait_ms AS integer)) l"
 )
 
 
-async def lock_accounts(tx: Tx, account_ids: Collection[int], *, wait: bool) -> dict[int, LockedAccount]:
-    """Lock accounts until the transaction ends. `wait` false leaves out those that somebody else holds.
+async def lock_accounts(tx: Tx, account_ids: Collection[int], *, wait_seconds: float) -> dict[int, LockedAccount]:
+    """Lock accounts until the transaction ends. With `wait_seconds` 0, those that somebody else holds are left out.
 
     Locks: accounts in id order, `FOR NO KEY UPDATE`.
-    Raises: `AccountBusy` (by `in_transaction`) when `wait` is true and one is held for longer than `lock_timeout`.
+    Raises: `AccountBusy` (by `in_transaction`) when one is held for longer than `wait_seconds`.
     """
-    rows = await tx.execute(_LOCK_ACCOUNTS, {"ids": list(account_ids), "wait": wait})
+    rows = await tx.execute(_LOCK_ACCOUNTS, {"ids": list(account_ids), "wait_ms": int(wait_seconds * 1000)})
     return {
         row.id: LockedAccount(
             account=Account(row.id, row.posted_minor, row.held_minor, row.credit_limit_minor, row.last_seq),
@@ -48,6 +48,9 @@ async def lock_accounts(tx: Tx, account_ids: Collection[int], *, wait: bool) -> 
     }
 
 
+_OPERATOR_WAIT_SECONDS: Final = 5.0
+
+
 async def append_adjustment(
     tx: Tx, *, account_id: int, amount_minor: int, actor: str, reason: str, subject: str
 ) -> None:
@@ -56,10 +59,15 @@ async def append_adjustment(
     Amounts: minor units, positive.
     Locks: the account.
     """
-    locked = (await lock_accounts(tx, [account_id], wait=True))[account_id]
+    locked = (await lock_accounts(tx, [account_id], wait_seconds=_OPERATOR_WAIT_SECONDS))[account_id]
     entry = locked.account.append(EntryKind.ADJUSTMENT, amount_minor)
     audit_id = await append_audit(
-        tx, actor=actor, action="balance.topup", subject=subject, reason=reason, detail={"amount_minor": amount_minor}
+        tx,
+        actor=actor,
+        action="balance.topup",
+        subject=subject,
+        reason=reason,
+        detail={"account_id": account_id, "amount_minor": amount_minor},
     )
     await tx.execute(
         insert(entries).values(

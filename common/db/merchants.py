@@ -72,7 +72,16 @@ async def find_active_shop(tx: Tx, merchant_id: UUID, code: str | None) -> Shop 
     """The merchant's active shop of that code; without a code, the default one."""
     row = (
         await tx.execute(
-            select(shops, accounts.c.id.label("account_id"))
+            select(
+                shops.c.id,
+                shops.c.merchant_id,
+                shops.c.code,
+                shops.c.currency,
+                shops.c.currency_exponent,
+                shops.c.rail,
+                shops.c.payment_data_schema,
+                accounts.c.id.label("account_id"),
+            )
             .join(accounts, accounts.c.shop_id == shops.c.id)
             .where(shops.c.merchant_id == merchant_id, shops.c.status == "active")
             .where(shops.c.is_default if code is None else shops.c.code == code)

@@ -175,8 +175,8 @@ _LOCK_PAYOUTS = text(
     SELECT p.id, p.shop_id, p.account_id, p.external_id, p.amount_minor, p.currency, p.recipient_sealed,
            p.callback_url, p.state, p.version, p.provider_reference, s.code AS shop_code, s.currency_exponent,
            s.webhook_url, now() AS locked_at
-      FROM payouts p JOIN shops s ON s.id = p.shop_id
-     WHERE p.id = ANY (CAST(:ids AS uuid[])) ORDER BY p.id FOR NO KEY UPDATE OF p
+      FROM unnest(CAST(:ids AS uuid[])) AS w (id) JOIN payouts p ON p.id = w.id JOIN shops s ON s.id = p.shop_id
+     ORDER BY p.id FOR NO KEY UPDATE OF p
     """
 )
 
@@ -224,7 +224,7 @@ _SAVE_MOVES = text(
              posted_after_minor, held_after_minor, id FROM moved WHERE seq IS NOT NULL)
     UPDATE payouts p
        SET state = m.state, version = m.version, failure_code = m.failure_code,
-           provider_reference = coalesce(m.provider_reference, p.provider_reference),
+           provider_reference = coalesce(p.provider_reference, m.provider_reference),
            resolution_seq = m.seq, updated_at = now(),
            finalized_at = CASE WHEN m.seq IS NOT NULL THEN now() END
       FROM moved m WHERE p.id = m.id AND p.shop_id = m.shop_id

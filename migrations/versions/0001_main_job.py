@@ -194,6 +194,8 @@ PAYOUTS = [
       outcome text CHECK (outcome IN ('paid', 'declined', 'submitted', 'not_accepted', 'not_found', 'unknown')),
       detail text CHECK (length(detail) <= 200),
       PRIMARY KEY (payout_id, shop_id, attempt_no),
+      CONSTRAINT payout_attempts_outcome_of_action CHECK (
+        outcome <> CASE action WHEN 'look_up' THEN 'not_accepted' ELSE 'not_found' END),
       CONSTRAINT payout_attempts_finished_iff_outcome CHECK ((finished_at IS NULL) = (outcome IS NULL)))
       WITH (fillfactor = 80)
     """,
@@ -201,6 +203,11 @@ PAYOUTS = [
     CREATE UNIQUE INDEX payout_attempts_one_open_per_payout ON payout_attempts (payout_id, shop_id)
       WHERE finished_at IS NULL
     """,
+]
+
+PAYOUTS += [
+    # A reference is one payout's for life; its later attempts must repeat it.
+    "CREATE UNIQUE INDEX payout_attempts_reference_of_one_payout ON payout_attempts (reference) WHERE attempt_no = 1",
 ]
 
 TELLING = [
@@ -249,7 +256,7 @@ TELLING = [
       attempt_no integer NOT NULL CHECK (attempt_no >= 1),
       started_at timestamptz NOT NULL,
       duration_ms integer NOT NULL CHECK (duration_ms >= 0),
-      http_status integer CHECK (http_status BETWEEN 100 AND 599),
+      http_status integer CHECK (http_status BETWEEN 0 AND 999),
       error text CHECK (error ~ '^[a-z0-9_]{1,40}$'),
       response_excerpt bytea CHECK (octet_length(response_excerpt) <= 4096),
       address inet,
@@ -331,8 +338,7 @@ GUARDS = [
            'queued>sending', 'queued>failed', 'queued>canceled', 'queued>expired',
            'sending>queued', 'sending>submitted', 'sending>verifying', 'sending>success', 'sending>failed',
            'submitted>verifying', 'submitted>success', 'submitted>failed',
-           'verifying>queued', 'verifying>submitted', 'verifying>success', 'verifying>failed',
-           'success>refunded') THEN
+           'verifying>queued', 'verifying>submitted', 'verifying>success', 'verifying>failed') THEN
         RAISE EXCEPTION USING ERRCODE = '23514', CONSTRAINT = 'payouts_moves', TABLE = 'payouts',
           MESSAGE = 'payout may not move from ' || OLD.state || ' to ' || NEW.state;
       END IF;
@@ -343,10 +349,10 @@ GUARDS = [
     CREATE TRIGGER payouts_moves BEFORE UPDATE OF state ON payouts
       FOR EACH ROW WHEN (OLD.state IS DISTINCT FROM NEW.state) EXECUTE FUNCTION payouts_allow_move()
     """,
-    # Locks accounts without the right to update them, in id order; `wait` false leaves out those that others hold.
+    # Locks accounts without the right to update them, in id order; with `wait_ms` 0 those that others hold are left out.
     # What is returned is read by a second statement, whose snapshot is newer than the locks: nobody's word is stale.
     """
-    CREATE FUNCTION lock_accounts(account_ids bigint[], wait boolean)
+    CREATE FUNCTION lock_accounts(account_ids bigint[], wait_ms integer)
       RETURNS TABLE (id bigint, shop_id uuid, posted_minor bigint, held_minor bigint, credit_limit_minor bigint,
                      last_seq bigint, shop_status text, merchant_status text)
       LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
@@ -354,7 +360,8 @@ GUARDS = [
     DECLARE
       locked bigint[];
     BEGIN
-      IF wait THEN
+      IF wait_ms > 0 THEN
+        PERFORM set_config('lock_timeout', wait_ms || 'ms', true);
         SELECT array_agg(l.id) INTO locked FROM (
           SELECT a.id FROM accounts a WHERE a.id = ANY (account_ids) ORDER BY a.id FOR NO KEY UPDATE) l;
       ELSE
@@ -411,13 +418,28 @@ GUARDS = [
       END IF;
       IF EXISTS (
         SELECT 1 FROM fresh f
-          JOIN LATERAL (SELECT t.outcome FROM payout_attempts t
-                         WHERE t.payout_id = f.payout_id AND t.shop_id = f.shop_id
-                         ORDER BY t.attempt_no DESC LIMIT 1) latest ON true
-         WHERE f.kind = 'release'
-           AND (latest.outcome IS NULL OR latest.outcome NOT IN ('declined', 'not_accepted', 'not_found'))) THEN
+          JOIN LATERAL (SELECT (array_agg(t.outcome ORDER BY t.attempt_no DESC))[1] AS latest,
+                               bool_or(t.outcome = 'paid') AS paid, count(*) AS made FROM payout_attempts t
+                         WHERE t.payout_id = f.payout_id AND t.shop_id = f.shop_id) word ON true
+         WHERE f.kind = 'release' AND word.made > 0
+           AND (word.paid OR coalesce(word.latest, '') NOT IN ('declined', 'not_accepted', 'not_found'))) THEN
         RAISE EXCEPTION USING ERRCODE = '23514', CONSTRAINT = 'entries_release_is_definite', TABLE = 'entries',
           MESSAGE = 'money may not be released while its fate at the rail is unknown';
+      END IF;
+      IF EXISTS (
+        SELECT 1 FROM fresh f WHERE f.kind = 'capture' AND NOT EXISTS (
+          SELECT 1 FROM payout_attempts t
+           WHERE t.payout_id = f.payout_id AND t.shop_id = f.shop_id AND t.outcome = 'paid')) THEN
+        RAISE EXCEPTION USING ERRCODE = '23514', CONSTRAINT = 'entries_capture_was_paid', TABLE = 'entries',
+          MESSAGE = 'money may be captured only when the rail said that it paid';
+      END IF;
+      IF EXISTS (
+        SELECT 1 FROM fresh f LEFT JOIN audit a ON a.id = f.audit_id
+         WHERE f.kind = 'adjustment' AND NOT coalesce(
+           a.action = 'balance.topup' AND a.detail ->> 'account_id' = f.account_id::text
+           AND a.detail ->> 'amount_minor' = f.posted_delta_minor::text, false)) THEN
+        RAISE EXCEPTION USING ERRCODE = '23514', CONSTRAINT = 'entries_match_audit', TABLE = 'entries',
+          MESSAGE = 'an adjustment must be what its audit row says';
       END IF;
       RETURN NULL;
     END $$
@@ -475,10 +497,13 @@ GUARDS = [
       IF EXISTS (
         SELECT 1 FROM fresh f LEFT JOIN payout_attempts before
             ON before.payout_id = f.payout_id AND before.shop_id = f.shop_id AND before.attempt_no = f.attempt_no - 1
-         WHERE f.attempt_no > 1 AND (before.payout_id IS NULL OR before.reference <> f.reference
-           OR (f.action = 'submit' AND coalesce(before.outcome, '') NOT IN ('not_accepted', 'not_found')))) THEN
+          LEFT JOIN payouts p ON p.id = f.payout_id AND p.shop_id = f.shop_id
+         WHERE (CASE f.action WHEN 'submit' THEN p.state = 'sending' ELSE p.state IN ('submitted', 'verifying') END)
+               IS NOT TRUE
+            OR f.attempt_no > 1 AND (before.payout_id IS NULL OR before.reference <> f.reference
+              OR (f.action = 'submit' AND coalesce(before.outcome, '') NOT IN ('not_accepted', 'not_found')))) THEN
         RAISE EXCEPTION USING ERRCODE = '23514', CONSTRAINT = 'payout_attempts_submit_once', TABLE = 'payout_attempts',
-          MESSAGE = 'a payout is sent again only after a definite "not accepted", with the same reference';
+          MESSAGE = 'a payout is sent while it is sending, and again only after a definite "not accepted"';
       END IF;
       RETURN NULL;
     END $$
@@ -489,11 +514,103 @@ GUARDS = [
     """,
 ]
 
+GUARDS += [
+    # What was learned stays; only "unknown" may still give way to what is learned late.
+    """
+    CREATE TRIGGER payout_attempts_outcome_stays BEFORE UPDATE OF outcome ON payout_attempts
+      FOR EACH ROW WHEN (OLD.outcome IS NOT NULL AND OLD.outcome IS DISTINCT FROM NEW.outcome
+        AND (OLD.outcome <> 'unknown' OR NEW.outcome IS NULL))
+      EXECUTE FUNCTION refuse_change()
+    """,
+    # How a payout ended stays as it was told.
+    """
+    CREATE TRIGGER payouts_end_stays BEFORE UPDATE OF failure_code, finalized_at, resolution_seq, provider_reference
+        ON payouts
+      FOR EACH ROW WHEN (OLD.resolution_seq IS NOT NULL AND
+        (OLD.failure_code, OLD.finalized_at, OLD.resolution_seq, OLD.provider_reference)
+        IS DISTINCT FROM (NEW.failure_code, NEW.finalized_at, NEW.resolution_seq, NEW.provider_reference)
+        OR OLD.provider_reference IS NOT NULL AND OLD.provider_reference IS DISTINCT FROM NEW.provider_reference)
+      EXECUTE FUNCTION refuse_change()
+    """,
+    """
+    CREATE TRIGGER payouts_version_follows_state BEFORE UPDATE OF version ON payouts
+      FOR EACH ROW WHEN (OLD.version <> NEW.version AND OLD.state = NEW.state) EXECUTE FUNCTION refuse_change()
+    """,
+    """
+    CREATE TRIGGER api_keys_stay_revoked BEFORE UPDATE OF revoked_at ON api_keys
+      FOR EACH ROW WHEN (OLD.revoked_at IS NOT NULL AND OLD.revoked_at IS DISTINCT FROM NEW.revoked_at)
+      EXECUTE FUNCTION refuse_change()
+    """,
+    # An event tells the status that its payout has at that moment, under that version.
+    """
+    CREATE FUNCTION events_match_payout() RETURNS trigger
+      LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+    BEGIN
+      IF EXISTS (
+        SELECT 1 FROM fresh e LEFT JOIN payouts p ON p.id = e.payout_id AND p.shop_id = e.shop_id
+         WHERE p.id IS NULL OR p.resolution_seq IS NULL OR e.type <> 'payout.' || p.state OR e.sequence <> p.version) THEN
+        RAISE EXCEPTION USING ERRCODE = '23514', CONSTRAINT = 'events_match_payout', TABLE = 'events',
+          MESSAGE = 'an event tells the status that its payout has';
+      END IF;
+      RETURN NULL;
+    END $$
+    """,
+    """
+    CREATE TRIGGER events_match_payout AFTER INSERT ON events REFERENCING NEW TABLE AS fresh
+      FOR EACH STATEMENT EXECUTE FUNCTION events_match_payout()
+    """,
+    # What is due belongs to an unfinished payout, and an unfinished payout stays due.
+    """
+    CREATE FUNCTION payout_due_follows_payout() RETURNS trigger
+      LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+    BEGIN
+      IF TG_OP = 'INSERT' AND EXISTS (
+        SELECT 1 FROM moved d LEFT JOIN payouts p ON p.id = d.payout_id AND p.shop_id = d.shop_id
+         WHERE p.id IS NULL OR p.resolution_seq IS NOT NULL)
+      OR TG_OP = 'DELETE' AND EXISTS (
+        SELECT 1 FROM moved d JOIN payouts p ON p.id = d.payout_id AND p.shop_id = d.shop_id
+         WHERE p.resolution_seq IS NULL) THEN
+        RAISE EXCEPTION USING ERRCODE = '23514', CONSTRAINT = 'payout_due_follows_payout', TABLE = 'payout_due',
+          MESSAGE = 'a due row belongs to an unfinished payout, for as long as it is one';
+      END IF;
+      RETURN NULL;
+    END $$
+    """,
+    """
+    CREATE TRIGGER payout_due_inserted AFTER INSERT ON payout_due REFERENCING NEW TABLE AS moved
+      FOR EACH STATEMENT EXECUTE FUNCTION payout_due_follows_payout()
+    """,
+    """
+    CREATE TRIGGER payout_due_deleted AFTER DELETE ON payout_due REFERENCING OLD TABLE AS moved
+      FOR EACH STATEMENT EXECUTE FUNCTION payout_due_follows_payout()
+    """,
+    # Each role writes the entries that are its business.
+    "ALTER TABLE entries ENABLE ROW LEVEL SECURITY",
+    "CREATE POLICY entries_are_read ON entries FOR SELECT USING (true)",
+    "CREATE POLICY entries_of_gateway ON entries FOR INSERT TO payouts_gateway WITH CHECK (kind = 'hold')",
+    "CREATE POLICY entries_of_worker ON entries FOR INSERT TO payouts_worker WITH CHECK (kind IN ('capture', 'release'))",
+    "CREATE POLICY entries_of_ops ON entries FOR INSERT TO payouts_ops WITH CHECK (kind = 'adjustment')",
+    # Functions that act as the owner are nobody else's: a trigger on a table of one's own would run them.
+    *(
+        f"REVOKE ALL ON FUNCTION {name}() FROM PUBLIC"
+        for name in (
+            "refuse_change",
+            "payouts_allow_move",
+            "entries_move_accounts",
+            "payouts_start_whole",
+            "payouts_end_whole",
+            "payout_attempts_submit_once",
+            "payout_due_follows_payout",
+            "events_match_payout",
+        )
+    ),
+]
+
 GRANTS = [
-    "REVOKE ALL ON FUNCTION lock_accounts(bigint[], boolean) FROM PUBLIC",
-    "GRANT EXECUTE ON FUNCTION lock_accounts(bigint[], boolean) TO payouts_gateway, payouts_worker, payouts_ops",
+    "REVOKE ALL ON FUNCTION lock_accounts(bigint[], integer) FROM PUBLIC",
+    "GRANT EXECUTE ON FUNCTION lock_accounts(bigint[], integer) TO payouts_gateway, payouts_worker, payouts_ops",
     # Each role sees what it works with; sealed recipients only the worker, which has to send them.
-    "GRANT SELECT ON merchants, shops, api_keys, api_key_shops, accounts TO payouts_gateway",
+    "GRANT SELECT ON merchants, api_keys, api_key_shops, accounts TO payouts_gateway",
     """
     GRANT SELECT (id, shop_id, account_id, external_id, amount_minor, currency, recipient_masked, recipient_digest,
       payment_data_digest, callback_url, details, state, version, failure_code, provider_reference, created_at,
@@ -514,7 +631,8 @@ GRANTS = [
     "GRANT USAGE ON SCHEMA sandbox TO payouts_worker, payouts_readonly",
     "GRANT SELECT, INSERT, UPDATE ON sandbox.payments TO payouts_worker",
     "GRANT SELECT ON sandbox.payments TO payouts_readonly",
-    "GRANT INSERT ON merchants, shops, api_keys, api_key_shops, accounts, entries, audit TO payouts_ops",
+    "GRANT INSERT ON merchants, shops, api_keys, api_key_shops, entries, audit TO payouts_ops",
+    "GRANT INSERT (shop_id, currency) ON accounts TO payouts_ops",
     "GRANT UPDATE (name, status) ON merchants TO payouts_ops",
     "GRANT UPDATE (status, is_default, rail, webhook_url, webhook_secret_sealed, payment_data_schema) ON shops"
     " TO payouts_ops",
@@ -538,7 +656,7 @@ GRANTS = [
     *(
         f"GRANT SELECT (id, merchant_id, code, currency, currency_exponent, status, is_default, rail, webhook_url,"
         f" payment_data_schema, created_at) ON shops TO {role}"
-        for role in ("payouts_ops", "payouts_readonly")
+        for role in ("payouts_gateway", "payouts_ops", "payouts_readonly")
     ),
     *(
         f"GRANT SELECT (id, public_id, merchant_id, v1_only, scopes, allowed_networks, expires_at, revoked_at,"

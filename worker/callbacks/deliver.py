@@ -86,7 +86,7 @@ class Deliverer:
         try:
             headers = self._headers(callback, event)
         except SealBroken as error:
-            # Our fault, not the merchant's: no attempt is counted, the lease runs out, somebody looks at the log.
+            # Our fault, not the merchant's: no step of the schedule is used, the lease runs out, somebody reads the log.
             get_logger().error(LogEvent.SECRET_UNSEALABLE, event_id=event, error=str(error))
             return
         if monotonic() > start_until:

@@ -1,0 +1,228 @@
+"""A network that fails on demand: a TCP proxy in front of PostgreSQL, which knows enough of the protocol to fail at COMMIT.
+
+Source: PostgreSQL, "Message Formats". asyncpg asks in the extended protocol, but for BEGIN, COMMIT and ROLLBACK, which
+are a simple Query.
+"""
+
+import asyncio
+import re
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Final
+
+from sqlalchemy.engine import make_url
+
+from tests.stack import free_port
+
+_PROTOCOL_3: Final = 3
+# Our SQL has its words in capitals and its names in small letters, so that FOR UPDATE is none of these.
+_WRITES: Final = re.compile(rb"\b(INSERT INTO|UPDATE|DELETE FROM) [a-z]")
+
+
+class CommitFault(Enum):
+    """What becomes of the COMMIT of a transaction that has written."""
+
+    LOSE_ANSWER = auto()  # it happens; the connection is cut before the client hears of it
+    LOSE_COMMIT = auto()  # the connection is cut before the server hears of it
+    HOLD_ANSWER = auto()  # it happens; the answer comes when `release` is called
+    HOLD_COMMIT = auto()  # it comes to the server when `release` is called
+
+
+@dataclass(eq=False, slots=True)
+class _Link:
+    """One client's connection and ours to the server."""
+
+    client: asyncio.StreamWriter
+    server: asyncio.StreamWriter | None = None
+    writing_statements: set[bytes] = field(default_factory=set)
+    wrote: bool = False
+    fault: CommitFault | None = None
+    sent: list[bytes] = field(default_factory=list)
+
+    def read(self, message: bytes) -> bool:
+        """Follow what the client asks for; True for the COMMIT of a transaction that has written."""
+        kind, content = message[:1], message[5:]
+        if kind == b"P":
+            name, query, *_ = content.split(b"\0")
+            (self.writing_statements.add if _WRITES.search(query) else self.writing_statements.discard)(name)
+        elif kind == b"B":
+            _portal, name, *_ = content.split(b"\0", 2)
+            self.wrote = self.wrote or name in self.writing_statements
+        elif kind == b"Q":
+            wrote, self.wrote = self.wrote, False
+            return wrote and content.startswith(b"COMMIT")
+        return False
+
+    def cut(self) -> None:
+        """End both connections at once, whatever is still under way."""
+        for writer in (self.client, self.server):
+            if writer is not None:
+                writer.transport.abort()
+
+
+class Proxy:
+    """Listens on a port of its own and carries bytes to a server, unless told otherwise."""
+
+    def __init__(self, database_url: str) -> None:
+        target = make_url(database_url)
+        assert target.host is not None
+        assert target.port is not None
+        self._target = target.host, target.port
+        self._port = free_port()
+        self.url: Final = target.set(host="127.0.0.1", port=self._port).render_as_string(hide_password=False)
+        self.faults_done = 0
+        self._faults: list[CommitFault | None] = []
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._released = asyncio.Event()
+        self._delay_seconds = 0.0
+        self._listener: asyncio.Server | None = None
+        self._links: set[_Link] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def fail_commits(self, fault: CommitFault, *, count: int = 1, after: int = 0) -> None:
+        """Let the next few COMMITs of transactions that have written go wrong, after some that pass.
+
+        `faults_done` counts those that did.
+        """
+        self._released.clear()
+        self._faults = [*[None] * after, *[fault] * count]
+
+    def stop_failing(self) -> None:
+        """Let the COMMITs to come pass."""
+        self._faults.clear()
+
+    def release(self) -> None:
+        """Let held answers go on."""
+        self._released.set()
+
+    def cut(self) -> None:
+        """Cut every connection."""
+        for link in set(self._links):
+            link.cut()
+
+    def black_hole(self) -> None:
+        """Carry nothing any more, and tell nobody: connections stay open, new ones are taken and left alone."""
+        self._flowing.clear()
+
+    def flow(self) -> None:
+        """Carry everything again, also what was held."""
+        self._flowing.set()
+
+    def delay(self, seconds: float) -> None:
+        """Carry what the server says that much later: a round trip takes as long."""
+        self._delay_seconds = seconds
+
+    def refuse(self) -> None:
+        """Cut every connection and refuse new ones."""
+        assert self._listener is not None
+        self._listener.close()
+        self.cut()
+
+    async def listen(self) -> None:
+        """Take connections (again)."""
+        self._listener = await asyncio.start_server(self._carry, self._target[0], self._port)
+
+    async def close(self) -> None:
+        """End everything."""
+        self.flow()
+        self.release()
+        self.refuse()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _carry(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        link = _Link(to_client)
+        self._links.add(link)
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            await self._flowing.wait()
+            with suppress(OSError):
+                from_server, link.server = await asyncio.open_connection(*self._target)
+                ways = [
+                    asyncio.create_task(self._carry_up(from_client, link)),
+                    asyncio.create_task(self._carry_down(from_server, link)),
+                ]
+                try:
+                    await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for way in ways:
+                        way.cancel()
+                    await asyncio.gather(*ways, return_exceptions=True)
+        finally:
+            link.cut()
+            self._links.discard(link)
+            self._tasks.discard(task)
+
+    async def _carry_up(self, reader: asyncio.StreamReader, link: _Link) -> None:
+        assert link.server is not None
+        started = False
+        while True:
+            # Until the startup message there are none but such without a type: requests for encryption, cancel requests.
+            message = await _read_message(reader, typed=started)
+            started = started or struct.unpack_from("!H", message, 4)[0] == _PROTOCOL_3
+            if link.read(message) and self._faults:
+                link.fault = self._faults.pop(0)
+                if link.fault in (CommitFault.LOSE_COMMIT, CommitFault.HOLD_COMMIT):
+                    self.faults_done += 1
+                    if link.fault is CommitFault.LOSE_COMMIT:
+                        link.cut()
+                        return
+                    await self._released.wait()
+                    link.fault = None
+            await self._flowing.wait()
+            link.server.write(message)
+
+    async def _carry_down(self, reader: asyncio.StreamReader, link: _Link) -> None:
+        first = await reader.readexactly(1)
+        while first == b"N":
+            # The answer to a request for encryption is one byte; a notice never comes first.
+            await self._forward(first, link)
+            first = await reader.readexactly(1)
+        message = first + await _read_rest(reader)
+        while True:
+            if link.fault is not None and message.startswith(b"Z"):
+                # Ready for query: whatever there was to commit is committed.
+                self.faults_done += 1
+                if link.fault is CommitFault.LOSE_ANSWER:
+                    link.cut()
+                    return
+                await self._released.wait()
+                for held in link.sent:
+                    await self._forward(held, link)
+                link.fault, link.sent = None, []
+            if link.fault is None:
+                await self._forward(message, link)
+            else:
+                link.sent.append(message)
+            message = await _read_message(reader, typed=True)
+
+    async def _forward(self, message: bytes, link: _Link) -> None:
+        await self._flowing.wait()
+        asyncio.get_running_loop().call_later(self._delay_seconds, link.client.write, message)
+
+
+async def _read_message(reader: asyncio.StreamReader, *, typed: bool) -> bytes:
+    kind = await reader.readexactly(1) if typed else b""
+    return kind + await _read_rest(reader)
+
+
+async def _read_rest(reader: asyncio.StreamReader) -> bytes:
+    length = await reader.readexactly(4)
+    return length + await reader.readexactly(struct.unpack("!I", length)[0] - 4)
+
+
+@asynccontextmanager
+async def proxy(database_url: str) -> AsyncIterator[Proxy]:
+    """A proxy for the length of a test."""
+    running = Proxy(database_url)
+    await running.listen()
+    try:
+        yield running
+    finally:
+        await running.close()

@@ -1,0 +1,273 @@
+"""The plans of the hot statements on 50,000 payouts that nobody has ever analysed: by index, whatever the planner guesses.
+
+A statement is taken on its way to the driver, so that what is explained is what the product sends, parameters included.
+"""
+
+import asyncio
+import json
+import math
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import event, text
+
+from common.db.ages import find_ages
+from common.db.callbacks import claim_callbacks, lock_callback_due
+from common.db.due import Claim, FinishedAttempt, claim_due, find_histories, find_rails_due, finish_attempts, lock_due
+from common.db.engine import Engine, Tx
+from common.db.ledger import find_balance
+from common.db.payouts import find_by_external_ids, find_payout, lock_payouts
+from gateway.accept import Accepted, decide_batch
+from tests.conftest import Server
+from tests.factories import Merchant, engine, execute, fetch, order
+from tests.flows import LOCK_WAIT_SECONDS, Desk, cloned, desk, forge
+from worker.callbacks.deliver import Ended as Delivered
+from worker.callbacks.deliver import record_attempts
+from worker.callbacks.send import Attempt
+from worker.rails import Answer, Outcome
+from worker.settlement import Ended, claim_calls, record_answers
+
+PAYOUTS, SHOPS = 50_000, 5
+BATCH = 128
+WATCHED = (
+    "payouts",
+    "payout_due",
+    "payout_attempts",
+    "callback_due",
+    "callbacks",
+    "events",
+    "entries",
+    "callback_attempts",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Crowd:
+    """A database full of payouts, some of their ids, and where they came from."""
+
+    url: str
+    keys: list[tuple[UUID, UUID]]
+    external_ids: list[tuple[UUID, str]]
+    merchant: Merchant
+
+    @property
+    def ids(self) -> list[UUID]:
+        """The ids of payouts, and as well of their events."""
+        return [payout_id for payout_id, _ in self.keys]
+
+
+# Payouts, half of them tried, each with an event and a callback, some of it due.
+_FILL = f"""
+    WITH fresh AS MATERIALIZED (
+      SELECT gen_random_uuid() AS id, a.id AS account_id, a.shop_id, a.posted_minor, a.last_seq,
+             row_number() OVER (PARTITION BY a.id) AS n
+        FROM accounts a CROSS JOIN generate_series(1, {PAYOUTS // SHOPS})),
+    due AS (
+      INSERT INTO payout_due (payout_id, shop_id, rail, due_at)
+      SELECT id, shop_id, 'sandbox', now() + make_interval(secs => n - 500) FROM fresh),
+    holds AS (
+      INSERT INTO entries (account_id, seq, shop_id, kind, contra, amount_minor, posted_delta_minor, held_delta_minor,
+                           posted_after_minor, held_after_minor, payout_id)
+      SELECT account_id, last_seq + n, shop_id, 'hold', 'holds', 1, 0, 1, posted_minor, n, id FROM fresh),
+    tried AS (
+      INSERT INTO payout_attempts (payout_id, shop_id, attempt_no, action, rail, reference, finished_at, outcome)
+      SELECT id, shop_id, 1, 'submit', 'sandbox', id::text, now(), 'not_accepted' FROM fresh WHERE n % 2 = 0),
+    told AS (
+      INSERT INTO events (id, shop_id, payout_id, sequence, type, body)
+      SELECT id, shop_id, id, 1, 'payout.success', '{{}}' FROM fresh),
+    called AS (
+      INSERT INTO callbacks (event_id, shop_id, payout_id, url) SELECT id, shop_id, id, 'http://localhost' FROM fresh),
+    again AS (
+      INSERT INTO callback_due (event_id, shop_id, due_at)
+      SELECT id, shop_id, now() + make_interval(secs => n - 500) FROM fresh),
+    moved AS (
+      UPDATE accounts SET held_minor = {PAYOUTS // SHOPS}, last_seq = last_seq + {PAYOUTS // SHOPS})
+    INSERT INTO payouts (id, shop_id, account_id, external_id, amount_minor, currency, recipient_sealed,
+                         recipient_masked, recipient_digest, hold_seq)
+    SELECT id, shop_id, account_id, 'CROWD-' || n, 1, 'BDT', '', '*', sha256('x'), last_seq + n FROM fresh
+"""
+
+
+@pytest.fixture(scope="module")
+def crowd(server: Server, template: str) -> Iterator[Crowd]:
+    cloning = cloned(server, template)
+
+    async def build() -> Crowd:
+        url = await cloning.__aenter__()
+        async with desk(url) as working:
+            for table in WATCHED:
+                await execute(working.owner, f"ALTER TABLE {table} SET (autovacuum_enabled = false)")
+            merchants = [await working.merchant() for _ in range(SHOPS)]
+            await forge(server, url, _FILL)
+            await assert_counted(working)
+            some = await fetch(working.owner, f"SELECT id, shop_id, external_id FROM payouts ORDER BY id LIMIT {BATCH}")
+            keys = [(row.id, row.shop_id) for row in some]
+            return Crowd(url, keys, [(row.shop_id, row.external_id) for row in some], merchants[0])
+
+    with asyncio.Runner() as runner:
+        yield runner.run(build())
+        runner.run(cloning.__aexit__(None, None, None))
+
+
+async def assert_counted(working: Desk) -> None:
+    """As many as promised, and the planner knows nothing of them."""
+    assert await working.count("payouts") == PAYOUTS
+    assert await working.count("pg_stats", "tablename = 'payouts'") == 0
+
+
+@contextmanager
+def _statements(pool: Engine) -> Iterator[list[tuple[str, Any]]]:
+    """What goes to the driver, with its parameters."""
+    sent: list[tuple[str, Any]] = []
+
+    def note(_c: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: bool) -> None:
+        sent.append((statement, parameters))
+
+    event.listen(pool.sync_engine, "before_cursor_execute", note)
+    try:
+        yield sent
+    finally:
+        event.remove(pool.sync_engine, "before_cursor_execute", note)
+
+
+async def _plans(url: str, role: str, work: Callable[[Tx], Awaitable[Any]]) -> list[dict[str, Any]]:
+    """The plans of all statements of some work, each as it was sent."""
+    pool = engine(url, role=role)
+    try:
+        async with pool.connect() as tx:
+            with _statements(pool) as sent:
+                await work(tx)
+            assert sent
+            plans: list[dict[str, Any]] = []
+            for statement, parameters in sent:
+                rows = await tx.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {statement}", parameters)
+                plan = rows.scalar_one()
+                plans += plan if isinstance(plan, list) else json.loads(plan)
+            return [item["Plan"] for item in plans]
+    finally:
+        await pool.dispose()
+
+
+def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", ()):
+        yield from _nodes(child)
+
+
+def _claim() -> Claim:
+    return Claim("sandbox", uuid4(), lease_seconds=60.0, claim_max=BATCH, shop_max=BATCH, shops_max=64)
+
+
+Work = Callable[[Crowd], Callable[[Tx], Awaitable[Any]]]
+GATEWAY, WORKER = "payouts_gateway", "payouts_worker"
+FIRST_SHOP = UUID(int=0)
+
+HOT: dict[str, tuple[str, Work]] = {
+    "find_by_external_ids": (GATEWAY, lambda crowd: lambda tx: find_by_external_ids(tx, crowd.external_ids)),
+    "find_by_external_ids of one": (GATEWAY, lambda crowd: lambda tx: find_by_external_ids(tx, crowd.external_ids[:1])),
+    "find_payout": (GATEWAY, lambda crowd: lambda tx: find_payout(tx, *crowd.external_ids[0])),
+    "find_balance": (GATEWAY, lambda crowd: lambda tx: find_balance(tx, crowd.merchant.shop.account_id)),
+    "claim_due": (WORKER, lambda _crowd: lambda tx: claim_due(tx, _claim(), FIRST_SHOP, {})),
+    "claim_due of a busy worker": (
+        WORKER,
+        lambda crowd: lambda tx: claim_due(tx, _claim(), FIRST_SHOP, Counter(shop for _, shop in crowd.keys)),
+    ),
+    "find_rails_due": (WORKER, lambda _crowd: find_rails_due),
+    "lock_payouts": (WORKER, lambda crowd: lambda tx: lock_payouts(tx, crowd.ids)),
+    "lock_due": (WORKER, lambda crowd: lambda tx: lock_due(tx, crowd.ids)),
+    "find_histories": (WORKER, lambda crowd: lambda tx: find_histories(tx, crowd.ids)),
+    "finish_attempts": (
+        WORKER,
+        lambda crowd: lambda tx: finish_attempts(tx, [FinishedAttempt(*key, 1, "unknown", None) for key in crowd.keys]),
+    ),
+    "claim_callbacks": (
+        WORKER, lambda _crowd: lambda tx: claim_callbacks(tx, token=uuid4(), lease_seconds=60.0, claim_max=64)),
+    "lock_callback_due": (WORKER, lambda crowd: lambda tx: lock_callback_due(tx, crowd.ids)),
+    "find_ages": (WORKER, lambda _crowd: find_ages),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOT)
+async def test_goes_by_index(crowd: Crowd, name: str) -> None:
+    role, work = HOT[name]
+    for plan in await _plans(crowd.url, role, work(crowd)):
+        read = {(node["Node Type"], node["Relation Name"]) for node in _nodes(plan) if "Relation Name" in node}
+        assert read, "the statement reads nothing"
+        scanned = {relation for kind, relation in read if kind == "Seq Scan"}
+        assert scanned & set(WATCHED) == set()
+
+
+async def _scanned(tx: Tx) -> dict[str, int]:
+    """The watched tables that this transaction has read from one end to the other, by whatever function, and how often."""
+    scans = await tx.execute(
+        text(
+            "SELECT relname, seq_scan FROM pg_stat_xact_user_tables"
+            " WHERE relname = ANY (CAST(:tables AS text[])) AND seq_scan > 0"
+        ),
+        {"tables": list(WATCHED)},
+    )
+    return {row.relname: row.seq_scan for row in scans}
+
+
+async def test_accepting_a_batch_scans_nothing(crowd: Crowd) -> None:
+    """The guards' statements run inside functions, where EXPLAIN does not look: so it is counted what was read."""
+    async with desk(crowd.url) as working, working.gateway.connect() as tx:
+        orders = [order(working.settings, crowd.merchant.shop) for _ in range(BATCH)]
+        verdicts = await decide_batch(tx, orders, wait_seconds=LOCK_WAIT_SECONDS)
+        assert all(isinstance(verdict, Accepted) for verdict in verdicts)
+        assert await _scanned(tx) == {}
+
+
+@pytest.mark.parametrize("outcome", [Outcome.PAID, Outcome.DECLINED, Outcome.SUBMITTED])
+async def test_claiming_and_recording_a_batch_scans_nothing(crowd: Crowd, outcome: Outcome) -> None:
+    async with desk(crowd.url) as working, working.worker.connect() as tx:
+        _, calls = await claim_calls(
+            tx, claim=_claim(), after_shop=FIRST_SHOP, busy=Counter(), lag_seconds=0.0, start_until=math.inf
+        )
+        assert len(calls) == BATCH
+        assert await _scanned(tx) == {}
+        code = "other" if outcome is Outcome.DECLINED else None
+        await record_answers(
+            tx, [Ended(call, Answer(outcome, failure_code=code)) for call in calls], wait_seconds=LOCK_WAIT_SECONDS
+        )
+        assert await _scanned(tx) == {}
+
+
+@pytest.mark.parametrize("status", [200, 503])
+async def test_claiming_and_recording_callbacks_scans_nothing(crowd: Crowd, status: int) -> None:
+    async with desk(crowd.url) as working, working.worker.connect() as tx:
+        token = uuid4()
+        claimed = await claim_callbacks(tx, token=token, lease_seconds=60.0, claim_max=BATCH)
+        assert len(claimed) == BATCH
+        assert await _scanned(tx) == {}
+        attempt = Attempt(status, None if status == 200 else "http_5xx", b"", "127.0.0.1", 1, 0.0)
+        await record_attempts(tx, [Delivered(item, token, attempt, 0.0, 0.0) for item in claimed], now=0.0)
+        assert await _scanned(tx) == {}
+
+
+async def test_a_change_of_state_touches_no_index(crowd: Crowd) -> None:
+    """So that it is a HOT update: no index of `payouts` has a column that the worker may change."""
+    async with desk(crowd.url) as working:
+        touched = await fetch(
+            working.owner,
+            """
+            SELECT i.indexrelid::regclass::text AS index, a.attname
+              FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey)
+             WHERE i.indrelid = 'payouts'::regclass
+               AND has_column_privilege('payouts_worker', i.indrelid, a.attnum, 'UPDATE')
+            """,
+        )
+    assert touched == []
+
+
+async def test_a_scan_would_have_been_noticed(crowd: Crowd) -> None:
+    async def scan(tx: Tx) -> None:
+        await tx.execute(text("SELECT id FROM payouts WHERE state = 'queued'"))
+
+    (plan,) = await _plans(crowd.url, WORKER, scan)
+    assert ("Seq Scan", "payouts") in {(node["Node Type"], node.get("Relation Name")) for node in _nodes(plan)}

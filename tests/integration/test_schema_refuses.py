@@ -1,0 +1,655 @@
+"""What the schema refuses, whoever asks: each case is SQL under a role, and the one thing that must stop it.
+
+All cases share one database and roll back. Those that need a payout in some state find it in `World`.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from common.db.engine import constraint_name, sqlstate
+from common.db.tables import metadata
+from common.domain.payout import MOVES, STAGES, State
+from tests.conftest import Server
+from tests.factories import engine, execute, fetch
+from tests.flows import Desk, assert_sound, cloned, desk
+
+OWNER, GATEWAY, WORKER, OPS, READONLY = (
+    f"payouts_{name}" for name in ("owner", "gateway", "worker", "ops", "readonly")
+)
+APPLICATION = (GATEWAY, WORKER, OPS, READONLY)
+NOT_ALLOWED = "42501"
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """A database with a story, and the names by which cases refer to it as `{name}`."""
+
+    url: str
+    names: dict[str, str]
+
+
+async def _tell_a_story(desk: Desk) -> dict[str, str]:
+    """One payout in each state that this release reaches, a second shop, a second merchant."""
+    merchant, other = await desk.merchant(), await desk.merchant()
+    recipients = {"success": "017000009999", "failed": "017000000100", "submitted": "017000000001"}
+    ids = {name: await desk.create(merchant, recipient=number) for name, number in recipients.items()}
+    ids["verifying"] = await desk.create(merchant, recipient="017000000200")
+    await desk.settle(desk.settler(rail_timeout_seconds=0.1))
+    ids["sending"] = await desk.create(merchant)
+    await execute(
+        desk.worker,
+        "UPDATE payouts SET state = 'sending', version = 2 WHERE id = CAST(:id AS uuid)",
+        id=ids["sending"],
+    )
+    await execute(
+        desk.worker,
+        "INSERT INTO payout_attempts (payout_id, shop_id, attempt_no, action, rail, reference)"
+        " SELECT id, shop_id, 1, 'submit', 'sandbox', 'po_sending' FROM payouts WHERE id = CAST(:id AS uuid)",
+        id=ids["sending"],
+    )
+    ids["queued"] = await desk.create(merchant)
+    for name, payout_id in ids.items():
+        assert await desk.state(payout_id) == name
+    await assert_sound(desk.owner)
+    first = "SELECT audit_id AS id FROM entries WHERE account_id = :id AND seq = 1"
+    topup = await desk.one(first, id=merchant.shop.account_id)
+    foreign_audit = await desk.one("SELECT max(id) AS id FROM audit WHERE action = 'key.add'")
+    unused_audit = (
+        await fetch(
+            desk.owner,
+            "INSERT INTO audit (actor, action, subject, reason, detail) SELECT 'tests', 'balance.topup', 'a shop', 'a test',"
+            " jsonb_build_object('account_id', CAST(:account AS bigint), 'amount_minor', 1000) RETURNING id",
+            commit=True,
+            account=merchant.shop.account_id,
+        )
+    )[0]
+    event = await desk.one("SELECT id FROM events WHERE type = 'payout.success'")
+    key = await desk.one("SELECT id FROM api_keys WHERE public_id = :id", id=merchant.api_key)
+    return {
+        **{name: str(payout_id) for name, payout_id in ids.items()},
+        "fresh": str(uuid4()),
+        "shop": str(merchant.shop.id),
+        "merchant": str(merchant.shop.merchant_id),
+        "account": str(merchant.shop.account_id),
+        "other_shop": str(other.shop.id),
+        "other_account": str(other.shop.account_id),
+        "key": str(key.id),
+        "unused_audit": str(unused_audit.id),
+        "foreign_audit": str(foreign_audit.id),
+        "topup_audit": str(topup.id),
+        "event": str(event.id),
+    }
+
+
+@pytest.fixture(scope="module")
+def world(server: Server, template: str) -> Iterator[World]:
+    cloning = cloned(server, template)
+
+    async def build() -> World:
+        url = await cloning.__aenter__()
+        async with desk(url) as working:
+            return World(url, await _tell_a_story(working))
+
+    with asyncio.Runner() as runner:
+        yield runner.run(build())
+        runner.run(cloning.__aexit__(None, None, None))
+
+
+@asynccontextmanager
+async def _acting(world: World, role: str) -> Any:
+    """A transaction under a role that is rolled back whatever comes of it."""
+    pool = engine(world.url, role=role)
+    try:
+        async with pool.connect() as tx:
+            yield tx
+    finally:
+        await pool.dispose()
+
+
+async def _refusal(world: World, role: str, *statements: str) -> str | None:
+    """Run statements under a role; the constraint that refused one, else its SQLSTATE; None when all passed."""
+    async with _acting(world, role) as tx:
+        try:
+            for statement in statements:
+                await tx.exec_driver_sql(statement.format_map(world.names))
+        except DBAPIError as error:
+            return constraint_name(error) or sqlstate(error)
+    return None
+
+
+def _entry(kind: str, payout: str | None = None, /, **values: str) -> str:
+    """An entry for the account that continues it in every way but the `values` given; 1000 unless said otherwise."""
+    amount = values.get("amount_minor", "1000")
+    contra, posted, held = {
+        "hold": ("holds", "0", amount),
+        "capture": ("provider_clearing", f"-{amount}", f"-{amount}"),
+        "release": ("holds", "0", f"-{amount}"),
+        "adjustment": ("adjustments", amount, "0"),
+    }[kind]
+    columns = {
+        "account_id": "a.id",
+        "seq": "a.last_seq + 1",
+        "shop_id": "a.shop_id",
+        "kind": f"'{kind}'",
+        "contra": f"'{contra}'",
+        "amount_minor": amount,
+        "posted_delta_minor": posted,
+        "held_delta_minor": held,
+        "posted_after_minor": f"a.posted_minor + ({posted})",
+        "held_after_minor": f"a.held_minor + ({held})",
+        "payout_id": "NULL" if payout is None else f"'{payout}'",
+        "audit_id": "NULL",
+    } | values
+    return (
+        f"INSERT INTO entries ({', '.join(columns)}) SELECT {', '.join(columns.values())}"
+        " FROM accounts a WHERE a.id = {account}"
+    )
+
+
+def _end(payout: str, state: str, kind: str | None, /, *, failure: str = "NULL", **entry: str) -> str:
+    """One statement that ends a payout, together with an entry unless `kind` is None."""
+    entries = "" if kind is None else f"WITH e AS ({_entry(kind, payout, **entry)}) "
+    return (
+        f"{entries}UPDATE payouts p SET state = '{state}', version = p.version + 1, finalized_at = now(),"
+        f" failure_code = {failure}, resolution_seq = a.last_seq + 1"
+        f" FROM accounts a WHERE a.id = p.account_id AND p.id = '{payout}'"
+    )
+
+
+_DUE = "INSERT INTO payout_due (payout_id, shop_id, rail) VALUES ('{fresh}', '{shop}', 'sandbox')"
+
+
+def _create(*, hold: str | None = _entry("hold", "{fresh}"), due: str | None = _DUE, **values: str) -> str:
+    """One statement that creates a payout with its hold and its due row; None leaves one of them out."""
+    columns = {
+        "id": "'{fresh}'",
+        "shop_id": "a.shop_id",
+        "account_id": "a.id",
+        "external_id": "'{fresh}'",
+        "amount_minor": "1000",
+        "currency": "'BDT'",
+        "recipient_sealed": "''",
+        "recipient_masked": "'****'",
+        "recipient_digest": "sha256('x')",
+        "hold_seq": "a.last_seq + 1",
+    } | values
+    steps = {"hold": hold, "due": due}
+    written = ", ".join(f"{name} AS ({step})" for name, step in steps.items() if step)
+    return (
+        (f"WITH {written} " if written else "")
+        + f"INSERT INTO payouts ({', '.join(columns)}) SELECT {', '.join(columns.values())}"
+        + " FROM accounts a WHERE a.id = {account}"
+    )
+
+
+def _attempt(payout: str, attempt_no: int, action: str, *, reference: str = "t.reference", outcome: str | None) -> str:
+    """The next attempt of a payout that has one; finished when there is an outcome."""
+    ended = "NULL, NULL" if outcome is None else f"now(), '{outcome}'"
+    return (
+        "INSERT INTO payout_attempts (payout_id, shop_id, attempt_no, action, rail, reference, finished_at, outcome)"
+        f" SELECT t.payout_id, t.shop_id, {attempt_no}, '{action}', t.rail, {reference}, {ended}"
+        f" FROM payout_attempts t WHERE t.payout_id = '{payout}' AND t.attempt_no = 1"
+    )
+
+
+def _finish(payout: str, outcome: str) -> str:
+    return (
+        f"UPDATE payout_attempts SET outcome = '{outcome}', finished_at = now()"
+        f" WHERE payout_id = '{payout}' AND finished_at IS NULL"
+    )
+
+
+def _moves(payout: str, *states: str) -> list[str]:
+    return [f"UPDATE payouts SET state = '{state}', version = version + 1 WHERE id = '{payout}'" for state in states]
+
+
+_SHOP = (
+    "INSERT INTO shops (id, merchant_id, code, currency, currency_exponent, is_default, rail, webhook_secret_sealed)"
+    " VALUES ('{fresh}', '{merchant}', 'second', 'BDT', 2, %s, 'sandbox', '')"
+)
+_KEY = (
+    "INSERT INTO api_keys (id, public_id, merchant_id, secret_sealed, scopes)"
+    " VALUES ('{fresh}', 'pk_of_a_test', '{merchant}', '', %s)"
+)
+_ADJUSTMENT = _entry("adjustment", audit_id="{unused_audit}")
+
+# What it is, under which role, by what it is refused, and the statements; the last one is the one that is refused.
+CASES: list[tuple[str, str, str, tuple[str, ...]]] = [
+    # Balances move only through entries.
+    *(
+        (f"{role} moves an account", role, NOT_ALLOWED, ("UPDATE accounts SET posted_minor = posted_minor + 1",))
+        for role in APPLICATION
+    ),
+    *(
+        (f"{role} lends to an account", role, NOT_ALLOWED, ("UPDATE accounts SET credit_limit_minor = 1",))
+        for role in APPLICATION
+    ),
+    ("triggers are switched off", WORKER, NOT_ALLOWED, ("SET session_replication_role = replica",)),
+    ("a table's triggers are switched off", WORKER, NOT_ALLOWED, ("ALTER TABLE entries DISABLE TRIGGER USER",)),
+    ("held below zero", OWNER, "accounts_held_not_negative", ("UPDATE accounts SET held_minor = -1",)),
+    ("a negative credit limit", OWNER, "accounts_credit_limit_minor_check", (
+        "UPDATE accounts SET credit_limit_minor = -1",)),
+    ("available below the limit", OWNER, "accounts_not_overdrawn", ("UPDATE accounts SET posted_minor = -1",)),
+    ("a second account of a shop", OPS, "accounts_shop_id_key", (
+        "INSERT INTO accounts (shop_id, currency) VALUES ('{shop}', 'BDT')",)),
+    ("an account in another currency than its shop", OPS, "accounts_shop_id_currency_fkey", (
+        _SHOP % "false", "INSERT INTO accounts (shop_id, currency) VALUES ('{fresh}', 'USD')")),
+    # Entries continue their account.
+    ("a gap in seq", OPS, "entries_chain", (
+        _entry("adjustment", seq="a.last_seq + 2", audit_id="{unused_audit}"),)),
+    ("a seq for the second time", OPS, "entries_pkey", (
+        _entry("adjustment", seq="a.last_seq", audit_id="{unused_audit}"),)),
+    ("a wrong posted balance", OPS, "entries_chain", (
+        _entry("adjustment", posted_after_minor="a.posted_minor", audit_id="{unused_audit}"),)),
+    ("a wrong held balance", OPS, "entries_chain", (
+        _entry("adjustment", held_after_minor="a.held_minor + 1", audit_id="{unused_audit}"),)),
+    ("a negative held balance", OPS, "entries_held_after_minor_check", (
+        _entry("adjustment", held_after_minor="-1", audit_id="{unused_audit}"),)),
+    ("an entry under another shop's name", OPS, "entries_chain", (
+        _entry("adjustment", shop_id="'{other_shop}'", audit_id="{unused_audit}"),)),
+    ("an entry of an account that is not there", OPS, "entries_chain", (
+        _entry("adjustment", account_id="999999", seq="1", audit_id="{unused_audit}"),)),
+    ("a kind that nobody knows", OPS, NOT_ALLOWED, (
+        _entry("hold", "{queued}", kind="'fee'"),)),
+    ("a hold that moves what is posted", GATEWAY, "entries_arithmetic", (
+        _entry("hold", "{queued}", posted_delta_minor="-1000"),)),
+    ("a capture of more than it says", WORKER, "entries_arithmetic", (
+        _entry("capture", "{sending}", posted_delta_minor="-2000"),)),
+    ("a release that leaves part of the hold", WORKER, "entries_arithmetic", (
+        _entry("release", "{sending}", held_delta_minor="-999"),)),
+    ("an adjustment that moves what is held", OPS, "entries_arithmetic", (
+        _entry("adjustment", held_delta_minor="1000", audit_id="{unused_audit}"),)),
+    ("an entry of nothing", OPS, "entries_amount_minor_check", (
+        _entry("adjustment", amount_minor="0", audit_id="{unused_audit}"),)),
+    ("an entry beyond 10^15", OPS, "entries_amount_minor_check", (
+        _entry("adjustment", amount_minor="1000000000000001", audit_id="{unused_audit}"),)),
+    # Adjustments are audited, one by one.
+    ("an adjustment without audit", OPS, "entries_subject", (_entry("adjustment"),)),
+    ("an adjustment with an audit that is not there", OPS, "entries_audit_id_fkey", (
+        _entry("adjustment", audit_id="999999"),)),
+    ("two entries per adjustment", OPS, "entries_one_per_adjustment", (
+        _entry("adjustment", audit_id="{topup_audit}"),)),
+    ("an adjustment in the name of something else", OPS, "entries_match_audit", (
+        _entry("adjustment", audit_id="{foreign_audit}"),)),
+    ("an adjustment by another amount than was written down", OPS, "entries_match_audit", (
+        _entry("adjustment", amount_minor="999", audit_id="{unused_audit}"),)),
+    ("an adjustment the other way than was written down", OPS, "entries_match_audit", (
+        _entry("adjustment", posted_delta_minor="-1000", posted_after_minor="a.posted_minor - 1000",
+               audit_id="{unused_audit}"),)),
+    ("an adjustment of another account than was written down", OPS, "entries_match_audit", (
+        _entry("adjustment", audit_id="{unused_audit}").replace("{account}", "{other_account}"),)),
+    ("an adjustment of a payout", OPS, "entries_subject", (
+        _entry("adjustment", "{queued}", audit_id="{unused_audit}"),)),
+    ("an adjustment that overdraws", OPS, "accounts_not_overdrawn", (
+        _entry("adjustment", amount_minor="1000000000", posted_delta_minor="-1000000000",
+               posted_after_minor="a.posted_minor - 1000000000", audit_id="{unused_audit}"),)),
+    # One hold per payout, of its amount.
+    ("a hold of another amount", GATEWAY, "entries_match_payout", (
+        _create(hold=_entry("hold", "{fresh}", amount_minor="999")),)),
+    ("a second hold", GATEWAY, "entries_one_hold_per_payout", (_entry("hold", "{queued}"),)),
+    ("a hold of no payout", GATEWAY, "entries_subject", (_entry("hold"),)),
+    ("a hold of a payout that is not there", GATEWAY, "entries_match_payout", (_entry("hold", "{fresh}"),)),
+    ("an overdraft", GATEWAY, "accounts_not_overdrawn", (
+        _create(amount_minor="1000000000", hold=_entry("hold", "{fresh}", amount_minor="1000000000")),)),
+    # One resolution per hold, that says what the payout says.
+    ("a capture without success", WORKER, "entries_match_payout", (_entry("capture", "{sending}"),)),
+    ("a release without failure", WORKER, "entries_match_payout", (_entry("release", "{queued}"),)),
+    ("a capture with failure", WORKER, "payouts_end_whole", (
+        _finish("{sending}", "declined"), _end("{sending}", "failed", "capture", failure="'other'"))),
+    ("a release with success", WORKER, "payouts_end_whole", (
+        _finish("{sending}", "declined"), _end("{sending}", "success", "release"))),
+    ("a resolution of another amount", WORKER, "entries_match_payout", (
+        _finish("{sending}", "paid"), _end("{sending}", "success", "capture", amount_minor="999"))),
+    ("a second capture", WORKER, "entries_one_resolution_per_hold", (_entry("capture", "{success}"),)),
+    ("a release after the capture", WORKER, "entries_one_resolution_per_hold", (_entry("release", "{success}"),)),
+    ("a capture after the release", WORKER, "entries_one_resolution_per_hold", (_entry("capture", "{failed}"),)),
+    ("a release of another payout's hold", WORKER, "payouts_end_whole", (
+        _finish("{sending}", "declined"),
+        _end("{sending}", "failed", "release", failure="'other'", payout_id="'{queued}'"))),
+    # Each role writes the entries that are its business.
+    *(
+        (f"{role} writes a {kind}", role, NOT_ALLOWED, (_entry(kind, payout),))
+        for role, kind, payout in (
+            (GATEWAY, "capture", "{sending}"), (GATEWAY, "release", "{sending}"), (GATEWAY, "adjustment", None),
+            (WORKER, "hold", "{queued}"), (WORKER, "adjustment", None),
+            (OPS, "hold", "{queued}"), (OPS, "capture", "{sending}"), (OPS, "release", "{sending}"),
+        )
+    ),
+    # Money of an unknown fate stays held.
+    ("a release while an attempt is open", WORKER, "entries_release_is_definite", (
+        _end("{sending}", "failed", "release", failure="'other'"),)),
+    ("a release after unknown", WORKER, "entries_release_is_definite", (
+        _end("{verifying}", "failed", "release", failure="'other'"),)),
+    ("a release after submitted", WORKER, "entries_release_is_definite", (
+        _end("{submitted}", "failed", "release", failure="'other'"),)),
+    ("a release after paid", WORKER, "entries_release_is_definite", (
+        _finish("{sending}", "paid"), _end("{sending}", "failed", "release", failure="'other'"))),
+    # A payout ends with its entry.
+    ("an end without its entry", WORKER, "payouts_end_whole", (_end("{sending}", "success", None),)),
+    ("an end with another payout's entry", WORKER, "payouts_end_whole", (
+        "UPDATE payouts SET state = 'success', version = version + 1, finalized_at = now(), resolution_seq = ("
+        "SELECT resolution_seq FROM payouts WHERE id = '{success}') WHERE id = '{sending}'",)),
+    ("an end without a resolution", WORKER, "payouts_resolved_iff_final", (
+        "UPDATE payouts SET state = 'success', version = version + 1, finalized_at = now() WHERE id = '{sending}'",)),
+    ("a resolution before the end", WORKER, "payouts_resolved_iff_final", (
+        "UPDATE payouts SET resolution_seq = 1 WHERE id = '{queued}'",)),
+    ("an end without its time", WORKER, "payouts_finalized_iff_final", (
+        _end("{sending}", "success", "capture").replace("finalized_at = now()", "finalized_at = NULL"),)),
+    ("a failure without a code", WORKER, "payouts_failure_iff_failed", (_end("{sending}", "failed", "release"),)),
+    ("a success with a failure code", WORKER, "payouts_failure_iff_failed", (
+        _end("{sending}", "success", "capture", failure="'other'"),)),
+    ("a move that skips a version", WORKER, "payouts_moves", (
+        "UPDATE payouts SET state = 'sending', version = version + 2 WHERE id = '{queued}'",)),
+    ("a state that nobody knows", OWNER, "payouts_moves", (
+        "UPDATE payouts SET state = 'lost', version = version + 1 WHERE id = '{queued}'",)),
+    # A payout starts whole.
+    ("a payout without hold", GATEWAY, "payouts_start_whole", (_create(hold=None),)),
+    ("a payout that points at another's hold", GATEWAY, "payouts_start_whole", (_create(hold=None, hold_seq="2"),)),
+    ("a payout without due row", GATEWAY, "payouts_start_whole", (_create(due=None),)),
+    ("a payout whose due row is another shop's", GATEWAY, "payouts_start_whole", (
+        _create(due=_DUE.replace("{shop}", "{other_shop}")),)),
+    ("a payout born sending", GATEWAY, "payouts_start_whole", (_create(state="'sending'"),)),
+    ("a payout born final", GATEWAY, "payouts_start_whole", (
+        _create(state="'success'", resolution_seq="1", finalized_at="now()"),)),
+    ("a payout born with a later version", GATEWAY, "payouts_start_whole", (_create(version="2"),)),
+    ("a payout in another currency", GATEWAY, "payouts_start_whole", (_create(currency="'USD'"),)),
+    ("a payout of another shop's account", GATEWAY, "payouts_start_whole", (_create(shop_id="'{other_shop}'"),)),
+    ("a payout of nothing", GATEWAY, "payouts_amount_minor_check", (_create(amount_minor="0"),)),
+    ("a payout beyond 10^15", GATEWAY, "payouts_amount_minor_check", (_create(amount_minor="1000000000000001"),)),
+    ("an external id for the second time", GATEWAY, "payouts_external_id_unique", (
+        _create(external_id="'PAY-of-a-test'"), _create(external_id="'PAY-of-a-test'", id="gen_random_uuid()"))),
+    ("an empty external id", GATEWAY, "payouts_external_id_check", (_create(external_id="''"),)),
+    ("a digest that is none", GATEWAY, "payouts_recipient_digest_check", (_create(recipient_digest="'x'"),)),
+    # One submit, then proof before the next.
+    ("a second submit after unknown", WORKER, "payout_attempts_submit_once", (
+        *_moves("{verifying}", "queued", "sending"), _attempt("{verifying}", 2, "submit", outcome=None))),
+    ("a second submit after submitted", WORKER, "payout_attempts_submit_once", (
+        *_moves("{submitted}", "verifying", "queued", "sending"), _attempt("{submitted}", 2, "submit", outcome=None))),
+    ("a second submit while it is verified", WORKER, "payout_attempts_submit_once", (
+        _attempt("{verifying}", 2, "look_up", outcome="not_found"), _attempt("{verifying}", 3, "submit", outcome=None))),
+    ("a second submit after paid", WORKER, "payout_attempts_submit_once", (
+        _attempt("{success}", 2, "submit", outcome=None),)),
+    ("a second submit after declined", WORKER, "payout_attempts_submit_once", (
+        _attempt("{failed}", 2, "submit", outcome=None),)),
+    ("a second submit after a look-up that does not know", WORKER, "payout_attempts_submit_once", (
+        _attempt("{verifying}", 2, "look_up", outcome="unknown"), *_moves("{verifying}", "queued", "sending"),
+        _attempt("{verifying}", 3, "submit", outcome=None))),
+    ("a second open attempt", WORKER, "payout_attempts_one_open_per_payout", (
+        _attempt("{sending}", 2, "look_up", outcome=None),)),
+    ("an attempt under another reference", WORKER, "payout_attempts_submit_once", (
+        _attempt("{verifying}", 2, "look_up", reference="'another'", outcome=None),)),
+    ("an attempt that leaves out a number", WORKER, "payout_attempts_submit_once", (
+        _attempt("{verifying}", 3, "look_up", outcome=None),)),
+    ("an attempt's number for the second time", WORKER, "payout_attempts_pkey", (
+        _attempt("{verifying}", 1, "look_up", outcome=None),)),
+    ("an attempt that ended without outcome", WORKER, "payout_attempts_finished_iff_outcome", (
+        "UPDATE payout_attempts SET finished_at = now() WHERE payout_id = '{sending}'",)),
+    ("an outcome that nobody knows", WORKER, "payout_attempts_outcome_check", (
+        "UPDATE payout_attempts SET finished_at = now(), outcome = 'failed' WHERE payout_id = '{sending}'",)),
+    # What is told is told once, and stays as it was told.
+    ("a sequence for the second time", WORKER, "events_payout_id_shop_id_sequence_key", (
+        "INSERT INTO events (id, shop_id, payout_id, sequence, type, body)"
+        " SELECT '{fresh}', shop_id, payout_id, sequence, type, body FROM events",)),
+    ("a callback of an event for the second time", WORKER, "callbacks_pkey", (
+        *("INSERT INTO callbacks (event_id, shop_id, payout_id, url)"
+          " VALUES ('{event}', '{shop}', '{success}', 'http://localhost')",) * 2,)),
+    ("a callback that ended and is pending", WORKER, "callbacks_finished_iff_not_pending", (
+        "INSERT INTO callbacks (event_id, shop_id, payout_id, url, finished_at)"
+        " VALUES ('{event}', '{shop}', '{success}', 'http://localhost', now())",)),
+    # Parties.
+    ("two default shops", OPS, "shops_one_default_per_merchant", (_SHOP % "true",)),
+    ("a shop's code for the second time", OPS, "shops_merchant_id_code_key", (
+        (_SHOP % "false").replace("second", "shop-001"),)),
+    ("ops change a shop's currency", OPS, NOT_ALLOWED, ("UPDATE shops SET currency = 'USD'",)),
+    ("a shop's currency changes", OWNER, "shops_terms_fixed", ("UPDATE shops SET currency = 'USD'",)),
+    ("a shop's scale changes", OWNER, "shops_terms_fixed", ("UPDATE shops SET currency_exponent = 0",)),
+    ("a key for another merchant's shop", OPS, "api_key_shops_shop_id_merchant_id_fkey", (
+        "INSERT INTO api_key_shops (api_key_id, merchant_id, shop_id) VALUES ('{key}', '{merchant}', '{other_shop}')",)),
+    ("another merchant's key for a shop", OPS, "api_key_shops_api_key_id_merchant_id_fkey", (
+        "INSERT INTO api_key_shops (api_key_id, merchant_id, shop_id)"
+        " SELECT '{key}', merchant_id, id FROM shops WHERE id = '{other_shop}'",)),
+    ("a key without scopes", OPS, "api_keys_scopes_check", (_KEY % "'{{}}'",)),
+    ("a key with a scope that nobody knows", OPS, "api_keys_scopes_check", (_KEY % "'{{admin}}'",)),
+    # Each role has its own rooms.
+    ("the gateway reads a sealed recipient", GATEWAY, NOT_ALLOWED, ("SELECT recipient_sealed FROM payouts",)),
+    ("the gateway reads all of a payout", GATEWAY, NOT_ALLOWED, ("SELECT p FROM payouts p",)),
+    ("the gateway writes attempts", GATEWAY, NOT_ALLOWED, ("INSERT INTO payout_attempts DEFAULT VALUES",)),
+    ("the gateway moves a payout", GATEWAY, NOT_ALLOWED, ("UPDATE payouts SET state = 'success'",)),
+    ("the gateway forgets what is due", GATEWAY, NOT_ALLOWED, ("DELETE FROM payout_due",)),
+    ("the gateway tells", GATEWAY, NOT_ALLOWED, ("INSERT INTO events DEFAULT VALUES",)),
+    ("the gateway reads the audit", GATEWAY, NOT_ALLOWED, ("SELECT id FROM audit",)),
+    ("the gateway writes the audit", GATEWAY, NOT_ALLOWED, ("INSERT INTO audit DEFAULT VALUES",)),
+    ("the gateway asks the bank", GATEWAY, NOT_ALLOWED, ("SELECT reference FROM sandbox.payments",)),
+    ("the worker creates payouts", WORKER, NOT_ALLOWED, (_create(),)),
+    ("the worker writes the audit", WORKER, NOT_ALLOWED, ("INSERT INTO audit DEFAULT VALUES",)),
+    ("the worker reads keys", WORKER, NOT_ALLOWED, ("SELECT secret_sealed FROM api_keys",)),
+    ("the worker changes an amount", WORKER, NOT_ALLOWED, ("UPDATE payouts SET amount_minor = 1",)),
+    ("the worker changes a recipient", WORKER, NOT_ALLOWED, ("UPDATE payouts SET recipient_sealed = ''",)),
+    ("the worker changes when an attempt began", WORKER, NOT_ALLOWED, (
+        "UPDATE payout_attempts SET started_at = now()",)),
+    ("the worker forgets attempts", WORKER, NOT_ALLOWED, ("DELETE FROM payout_attempts",)),
+    ("the worker forgets callbacks", WORKER, NOT_ALLOWED, ("DELETE FROM callbacks",)),
+    ("ops move a payout", OPS, NOT_ALLOWED, ("UPDATE payouts SET state = 'failed'",)),
+    ("ops create payouts", OPS, NOT_ALLOWED, (_create(),)),
+    ("ops read a sealed recipient", OPS, NOT_ALLOWED, ("SELECT recipient_sealed FROM payouts",)),
+    ("ops read a key's secret", OPS, NOT_ALLOWED, ("SELECT secret_sealed FROM api_keys",)),
+    ("ops read a webhook's secret", OPS, NOT_ALLOWED, ("SELECT webhook_secret_sealed FROM shops",)),
+    ("readers read a sealed recipient", READONLY, NOT_ALLOWED, ("SELECT recipient_sealed FROM payouts",)),
+    ("readers read a key's secret", READONLY, NOT_ALLOWED, ("SELECT secret_sealed FROM api_keys",)),
+    ("readers read a webhook's secret", READONLY, NOT_ALLOWED, ("SELECT webhook_secret_sealed FROM shops",)),
+    ("readers lock accounts", READONLY, NOT_ALLOWED, ("SELECT lock_accounts(ARRAY[1::bigint], 1000)",)),
+    *(
+        (f"{role} makes tables", role, NOT_ALLOWED, ("CREATE TABLE public.mine (id int)",))
+        for role in APPLICATION
+    ),
+    *(
+        (f"{role} replaces a guard", role, NOT_ALLOWED, (
+            "CREATE OR REPLACE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",))
+        for role in APPLICATION
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("role", "refused_by", "statements"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+async def test_refused_by_what_is_meant_to(
+    world: World, role: str, refused_by: str, statements: tuple[str, ...]
+) -> None:
+    assert len(statements) == 1 or await _refusal(world, role, *statements[:-1]) is None
+    assert await _refusal(world, role, *statements) == refused_by
+
+
+async def test_the_cases_begin_where_the_right_thing_passes(world: World) -> None:
+    """The statements that the cases bend are accepted unbent; else a case could be refused for a slip of its own."""
+    assert await _refusal(world, GATEWAY, _create()) is None
+    assert await _refusal(world, OPS, _SHOP % "false", _KEY % "'{{payouts:read}}'", _ADJUSTMENT) is None
+    assert await _refusal(world, WORKER, _finish("{sending}", "paid"), _end("{sending}", "success", "capture")) is None
+    failed = _end("{sending}", "failed", "release", failure="'other'")
+    assert await _refusal(world, WORKER, _finish("{sending}", "declined"), failed) is None
+    looked_up = _attempt("{verifying}", 2, "look_up", outcome="not_found")
+    again = "UPDATE payouts SET state = '%s', version = version + 1 WHERE id = '{verifying}'"
+    sent_again = _attempt("{verifying}", 3, "submit", outcome=None)
+    assert await _refusal(world, WORKER, looked_up, again % "queued", again % "sending", sent_again) is None
+
+
+CASES += [
+    ("a reference of another payout", WORKER, "payout_attempts_reference_of_one_payout", (
+        "UPDATE payouts SET state = 'sending', version = 2 WHERE id = '{queued}'",
+        "INSERT INTO payout_attempts (payout_id, shop_id, attempt_no, action, rail, reference)"
+        " SELECT id, shop_id, 1, 'submit', 'sandbox', 'po_sending' FROM payouts WHERE id = '{queued}'")),
+    ("a provider's reference is forgotten", WORKER, "payouts_end_stays", (
+        "UPDATE payouts SET provider_reference = 'bank-1' WHERE id = '{verifying}'",
+        "UPDATE payouts SET provider_reference = NULL WHERE id = '{verifying}'")),
+    ("a look-up that was not accepted", WORKER, "payout_attempts_outcome_of_action", (
+        _attempt("{verifying}", 2, "look_up", outcome="not_accepted"),)),
+    ("a version without a move", WORKER, "payouts_version_follows_state", (
+        "UPDATE payouts SET version = version + 1 WHERE id = '{queued}'",)),
+    ("an event of an open payout", WORKER, "events_match_payout", (
+        "INSERT INTO events (id, shop_id, payout_id, sequence, type, body)"
+        " SELECT '{fresh}', shop_id, id, version, 'payout.success', 'xx' FROM payouts WHERE id = '{sending}'",)),
+    ("a revoked key lives again", OPS, "api_keys_stay_revoked", (
+        "UPDATE api_keys SET revoked_at = now() WHERE id = '{key}'",
+        "UPDATE api_keys SET revoked_at = NULL WHERE id = '{key}'")),
+    ("the gateway reads webhook secrets", GATEWAY, NOT_ALLOWED, ("SELECT webhook_secret_sealed FROM shops",)),
+]  # fmt: skip
+
+# Nobody's constraint is named here: what matters is that no role of the application gets there by any door.
+HOLES: list[tuple[str, str, tuple[str, ...]]] = [
+    *(
+        (f"{role} moves an account by a trigger on a table of its own", role, (
+            "CREATE TEMP TABLE forged (account_id bigint, seq bigint, shop_id uuid, kind text, contra text,"
+            " amount_minor bigint, posted_delta_minor bigint, held_delta_minor bigint, posted_after_minor bigint,"
+            " held_after_minor bigint, payout_id uuid, audit_id bigint)",
+            "CREATE TRIGGER forged AFTER INSERT ON forged REFERENCING NEW TABLE AS fresh FOR EACH STATEMENT"
+            " EXECUTE FUNCTION public.entries_move_accounts()",
+            _entry("adjustment").replace("INSERT INTO entries", "INSERT INTO forged")))
+        for role in APPLICATION
+    ),
+    *(
+        (f"{role} adjusts in the name of somebody else's audit", role, (_ADJUSTMENT,)) for role in (GATEWAY, WORKER)
+    ),
+    ("ops open an account with money in it", OPS, (
+        _SHOP % "false", "INSERT INTO accounts (shop_id, currency, posted_minor) VALUES ('{fresh}', 'BDT', 1000)")),
+    ("ops open an account with a past", OPS, (
+        _SHOP % "false", "INSERT INTO accounts (shop_id, currency, last_seq) VALUES ('{fresh}', 'BDT', 7)")),
+    ("the worker forgets an unfinished payout", WORKER, ("DELETE FROM payout_due WHERE payout_id = '{verifying}'",)),
+    ("a due row of no payout", GATEWAY, (_DUE,)),
+    ("a second due row of a payout", GATEWAY, (
+        "INSERT INTO payout_due (payout_id, shop_id, rail) VALUES ('{queued}', '{other_shop}', 'sandbox')",)),
+    ("a payout is paid that was never sent", WORKER, (
+        "UPDATE payouts SET state = 'sending', version = version + 1 WHERE id = '{queued}'",
+        _end("{queued}", "success", "capture"))),
+    ("a capture after declined", WORKER, (
+        _finish("{sending}", "declined"), _end("{sending}", "success", "capture"))),
+    ("a release while an attempt before the last says paid", WORKER, (
+        _finish("{sending}", "paid"), _attempt("{sending}", 2, "look_up", outcome="not_found"),
+        _end("{sending}", "failed", "release", failure="'other'"))),
+    ("a refund without its money", WORKER, (
+        "UPDATE payouts SET state = 'refunded', version = version + 1, failure_code = 'returned_by_bank'"
+        " WHERE id = '{success}'",)),
+    ("a submit of a payout that is final", WORKER, (
+        _attempt("{failed}", 2, "look_up", outcome="not_found"), _attempt("{failed}", 3, "submit", outcome=None))),
+    ("a submit of a payout that is queued", WORKER, (
+        _attempt("{sending}", 1, "submit", outcome=None).replace(
+            "SELECT t.payout_id, t.shop_id", "SELECT '{queued}', t.shop_id"),)),
+    ("a definite outcome is rewritten", WORKER, (
+        "UPDATE payout_attempts SET outcome = 'not_accepted' WHERE payout_id = '{success}'",)),
+    ("a definite outcome is taken back", WORKER, (
+        "UPDATE payout_attempts SET outcome = NULL, finished_at = NULL WHERE payout_id = '{success}'",)),
+    ("another reason for a failure", WORKER, (
+        "UPDATE payouts SET failure_code = 'no_route' WHERE id = '{failed}'",)),
+    ("another time of the end", WORKER, (
+        "UPDATE payouts SET finalized_at = now() - interval '1 year' WHERE id = '{success}'",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("role", "statements"), [hole[1:] for hole in HOLES], ids=[hole[0] for hole in HOLES])
+async def test_no_role_reaches_a_forbidden_state(world: World, role: str, statements: tuple[str, ...]) -> None:
+    refused_by = await _refusal(world, role, *statements)
+    assert refused_by is not None, "nothing refused it"
+    assert refused_by == NOT_ALLOWED or not refused_by.startswith("42"), f"a slip of the test: {refused_by}"
+
+
+@pytest.mark.parametrize("role", [OWNER, *APPLICATION])
+@pytest.mark.parametrize("table", ["payouts", "entries", "events", "audit"])
+async def test_history_stays_whoever_asks(world: World, table: str, role: str) -> None:
+    trigger = f"{table}_no_delete" if table == "payouts" else f"{table}_append_only"
+    deleted, truncated = (trigger, f"{table}_no_truncate") if role == OWNER else (NOT_ALLOWED, NOT_ALLOWED)
+    assert await _refusal(world, role, f"DELETE FROM {table}") == deleted
+    assert await _refusal(world, role, f"TRUNCATE {table} CASCADE") == truncated
+    if table != "payouts":
+        column = metadata.tables[table].columns.keys()[-1]
+        assert await _refusal(world, role, f"UPDATE {table} SET {column} = {column}") == deleted
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "id = gen_random_uuid()",
+        "shop_id = '{other_shop}'",
+        "account_id = {other_account}",
+        "external_id = 'another'",
+        "amount_minor = amount_minor + 1",
+        "currency = 'USD'",
+        "recipient_masked = 'another'",
+        "recipient_digest = sha256('another')",
+        "payment_data_digest = sha256('another')",
+        "callback_url = 'http://localhost/another'",
+        "details = '{{}}'",
+        "hold_seq = 1",
+        "created_at = now()",
+    ],
+)
+async def test_terms_stay_whoever_asks(world: World, change: str) -> None:
+    update = f"UPDATE payouts SET {change} WHERE id = '{{queued}}'"
+    assert await _refusal(world, OWNER, update) == "payouts_terms_fixed"
+    for role in APPLICATION:
+        assert await _refusal(world, role, update) == NOT_ALLOWED
+
+
+async def test_terms_that_may_not_change_are_all_but_those_that_tell_a_payouts_progress(world: World) -> None:
+    """A column that is added later is either progress or a term; `recipient_sealed` may be sealed anew."""
+    progress = {
+        "state",
+        "version",
+        "failure_code",
+        "provider_reference",
+        "resolution_seq",
+        "updated_at",
+        "finalized_at",
+    }
+    columns = set(metadata.tables["payouts"].columns.keys())
+    async with _acting(world, OWNER) as tx:
+        granted = await tx.scalars(
+            text(
+                "SELECT column_name FROM information_schema.column_privileges WHERE table_name = 'payouts'"
+                " AND grantee = 'payouts_worker' AND privilege_type = 'UPDATE'"
+            )
+        )
+        watched = await tx.scalar(
+            text("SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgname = 'payouts_terms_fixed'")
+        )
+    assert set(granted) == progress
+    names = set(watched.partition("UPDATE OF ")[2].partition(" ON ")[0].split(", "))
+    assert names == columns - progress
+
+
+PAIRS = list(permutations(State, 2))
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=[f"{source}-{target}" for source, target in PAIRS])
+async def test_moves_are_those_of_the_code(world: World, source: State, target: State) -> None:
+    def put(state: State) -> str:
+        end = "NULL, NULL" if state in STAGES else "1, now()"
+        failure = "'other'" if state in (State.FAILED, State.REFUNDED) else "NULL"
+        return (
+            f"UPDATE payouts SET state = '{state}', version = version + 1, failure_code = {failure},"
+            f" (resolution_seq, finalized_at) = ROW ({end}) WHERE id = '{{queued}}'"
+        )
+
+    refused_by = await _refusal(
+        world,
+        OWNER,
+        "ALTER TABLE payouts DISABLE TRIGGER USER",
+        put(source),
+        "ALTER TABLE payouts ENABLE TRIGGER payouts_moves",
+        put(target),
+    )
+    assert refused_by == (None if (source, target) in MOVES else "payouts_moves")
+
+
+@pytest.mark.parametrize("table", sorted(metadata.tables))
+async def test_readers_write_nothing(world: World, table: str) -> None:
+    column = metadata.tables[table].columns.keys()[-1]
+    assert await _refusal(world, READONLY, f"INSERT INTO {table} DEFAULT VALUES") == NOT_ALLOWED
+    assert await _refusal(world, READONLY, f"UPDATE {table} SET {column} = {column}") == NOT_ALLOWED
+    assert await _refusal(world, READONLY, f"DELETE FROM {table}") == NOT_ALLOWED
+    assert await _refusal(world, READONLY, f"TRUNCATE {table}") == NOT_ALLOWED
