@@ -759,7 +759,9 @@ async def test_a_signed_request_can_be_pasted() -> None:
     body = '{"external_id":"PAY-1","note":"it\'s\té"}'
     signer = Terminal({"API_SECRET": "sk_1"})
 
-    signed = (await signer.run("sign", "post", "/api/v1/payouts", "--body", body, "--key", "pk_1", "--json")).document
+    base_url = "http://127.0.0.1:8080"
+    asked = ("sign", "post", "/api/v1/payouts", "--body", body, "--key", "pk_1", "--base-url", base_url, "--json")
+    signed = (await signer.run(*asked)).document
 
     headers = signed["headers"]
     expected = sign_v1("sk_1", headers["X-Timestamp"], "POST", "/api/v1/payouts", "", body.encode())
