@@ -1,13 +1,12 @@
 """Settlement: claim what is due, call the rail, record what it said. Two transactions, and the call in neither.
 
-A call's outcome is concluded by one pure function, `conclude`. A payout whose lease ran out while it was being sent goes to
+What an answer means is decided by `worker.conclusions`. A payout whose lease ran out while it was being sent goes to
 `verifying`, never back to `queued`: only the rail can tell what became of it.
 """
 
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 from typing import Final
@@ -37,8 +36,8 @@ from common.db.ledger import LockedAccount, lock_accounts
 from common.db.payouts import LockedPayout, Move, lock_payouts, save_moves
 from common.domain.ids import PAYOUT, new_id, render_id
 from common.domain.ledger import EntryKind
-from common.domain.payout import FAILURES, State
-from common.domain.schedule import look_up_delay, submit_delay
+from common.domain.payout import State
+from common.domain.schedule import look_up_delay
 from common.domain.telling import event_type, render_payout_event
 from common.errors import PayoutsError, Transient
 from common.log import LogEvent, get_logger
@@ -46,14 +45,8 @@ from common.process import end_tasks
 from common.recipients import open_recipient
 from common.sealing import Keyring, SealBroken
 from common.settings import Settings
+from worker.conclusions import LOOK_UP, SUBMIT, Call, Conclusion, Ended, conclude, note_contradiction, sane
 from worker.rails import Answer, Outcome, PaymentOrder, Rail, Rails
-
-# As the schema has them.
-PROVIDER_REFERENCE_CHARACTERS_MAX: Final = 200
-DETAIL_CHARACTERS_MAX: Final = 200
-
-SUBMIT: Final = "submit"
-LOOK_UP: Final = "look_up"
 
 # Shops one claim visits; the next claim goes on behind them.
 _SHOPS_MAX: Final = 64
@@ -65,37 +58,6 @@ _RECORD_PAUSE_SECONDS: Final = 0.2
 _BUSY_TURN_SECONDS: Final = 0.2
 # How often rails are looked for that have payouts and no longer exist.
 _NO_ROUTE_SECONDS: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call to a rail that a claim has committed to. `start_until` is monotonic: later it must not begin."""
-
-    payout: LockedPayout
-    action: str
-    attempt_no: int
-    reference: str
-    history: History | None
-    token: UUID
-    start_until: float
-    lag_seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A call and what the rail said."""
-
-    call: Call
-    answer: Answer
-
-
-@dataclass(frozen=True, slots=True)
-class Conclusion:
-    """What follows from an answer: the next state (None: it stays) and the seconds until it is due again (None: never)."""
-
-    state: State | None
-    delay_seconds: float | None
-    failure_code: str | None = None
 
 
 class Settler:
@@ -349,7 +311,7 @@ async def record_answers(tx: Tx, ended: Sequence[Ended], *, wait_seconds: float)
         # Of two answers for one payout "paid" is the last word: it cannot be taken back.
         payout_id = item.call.payout.id
         if payout_id in contradicted:
-            _note_contradiction(payouts[payout_id], item)
+            note_contradiction(payouts[payout_id], item)
             continue
         conclusion = conclude(payouts[payout_id], item, held=tokens.get(payout_id) == item.call.token)
         conclusions[payout_id] = conclusion or conclusions.get(payout_id)
@@ -383,91 +345,11 @@ async def fail_without_route(tx: Tx, *, claim: Claim, after_shop: UUID) -> UUID 
     return claimed.next_shop
 
 
-def sane(answer: Answer, action: str) -> Answer:
-    """An answer that can be stored, whatever a rail made up: an outcome that does not answer the call is `UNKNOWN`, unknown
-    codes are `other`, texts fit their columns.
-    """
-    code = answer.failure_code
-    beside = Outcome.NOT_FOUND if action == SUBMIT else Outcome.NOT_ACCEPTED
-    return Answer(
-        Outcome.UNKNOWN if answer.outcome is beside else answer.outcome,
-        failure_code=code if code is None or code in FAILURES else "other",
-        provider_reference=_storable(answer.provider_reference, PROVIDER_REFERENCE_CHARACTERS_MAX),
-        detail=_storable(answer.detail, DETAIL_CHARACTERS_MAX),
-    )
-
-
-def _storable(text: str | None, characters_max: int) -> str | None:
-    if text is None:
-        return None
-    return text.replace("\x00", "").encode("utf-8", "replace").decode()[:characters_max] or None
-
-
 def _finished(item: Ended) -> FinishedAttempt:
     call, answer = item.call, item.answer
     return FinishedAttempt(
         call.payout.id, call.payout.shop_id, call.attempt_no, answer.outcome, answer.failure_code or answer.detail
     )
-
-
-def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | None:
-    """What an answer means for a payout as it stands under its lock. None: nothing any more.
-
-    `held`: whether the lease is still ours. Without it only "paid" counts, and only where the payout is still open: the
-    money is gone whoever asked; everything else is for the one who has the lease now.
-    """
-    outcome, history = ended.answer.outcome, ended.call.history
-    if payout.state.is_final or payout.state is State.QUEUED:
-        _note_contradiction(payout, ended)
-        return None
-    if outcome is Outcome.PAID:
-        return Conclusion(State.SUCCESS, None)
-    if not held:
-        get_logger().warning(LogEvent.PAYOUT_LEASE_LOST, payout=render_id(PAYOUT, payout.id), outcome=outcome)
-        return None
-    if outcome is Outcome.DECLINED:
-        return Conclusion(State.FAILED, None, ended.answer.failure_code or "provider_declined")
-    if ended.call.action == SUBMIT:
-        return _conclude_submit(outcome, 0 if history is None else history.submits_refused, ended.call.lag_seconds)
-    return _conclude_look_up(payout, outcome, 0 if history is None else history.look_ups)
-
-
-def _conclude_submit(outcome: Outcome, refusals_before: int, lag_seconds: float) -> Conclusion:
-    if outcome is Outcome.SUBMITTED:
-        return Conclusion(State.SUBMITTED, look_up_delay(0))
-    if outcome is Outcome.NOT_ACCEPTED:
-        delay_seconds = submit_delay(refusals_before + 1)
-        if delay_seconds is None:
-            return Conclusion(State.FAILED, None, "provider_unavailable")
-        return Conclusion(State.QUEUED, delay_seconds)
-    # Before its lag is over, the rail may not know of what it has taken.
-    return Conclusion(State.VERIFYING, max(look_up_delay(0), lag_seconds))
-
-
-def _conclude_look_up(payout: LockedPayout, outcome: Outcome, look_ups_before: int) -> Conclusion:
-    delay_seconds = look_up_delay(look_ups_before + 1)
-    if outcome is Outcome.SUBMITTED:
-        return Conclusion(State.SUBMITTED if payout.state is State.VERIFYING else None, delay_seconds)
-    if outcome is Outcome.NOT_FOUND:
-        if payout.state is State.SUBMITTED:
-            return Conclusion(State.VERIFYING, delay_seconds)
-        if payout.provider_reference is None:
-            return Conclusion(State.QUEUED, 0.0)
-        # It took the payout once and now denies it: nothing to send again on such a word.
-    return Conclusion(None, delay_seconds)
-
-
-def _note_contradiction(payout: LockedPayout, ended: Ended) -> None:
-    """A definite word against where the payout stands is for people; no money moves."""
-    agrees = {Outcome.PAID: State.SUCCESS, Outcome.DECLINED: State.FAILED}
-    expected = agrees.get(ended.answer.outcome)
-    if expected is not None and expected is not payout.state:
-        get_logger().error(
-            LogEvent.PAYOUT_CONTRADICTED,
-            payout=render_id(PAYOUT, payout.id),
-            state=payout.state,
-            outcome=ended.answer.outcome,
-        )
 
 
 async def _apply(

@@ -24,8 +24,8 @@ from gateway.accept import decide_batch
 from tests.factories import execute, fetch, order
 from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, desk
 from tests.stack import eventually
+from worker.conclusions import LOOK_UP, SUBMIT, Call, Conclusion, Ended, conclude
 from worker.rails import Answer, Outcome, PaymentOrder
-from worker.settlement import LOOK_UP, SUBMIT, Call, Conclusion, Ended, conclude
 
 FUNDS_MINOR = 100_000_000
 AMOUNT_MINOR = 1000

@@ -30,8 +30,8 @@ from tests.flows import Desk, assert_sound, cloned, desk
 from worker.callbacks.deliver import Ended as Delivered
 from worker.callbacks.deliver import record_attempts
 from worker.callbacks.send import Attempt
+from worker.conclusions import SUBMIT, Call, Ended
 from worker.rails import Answer, Outcome, PaymentOrder, Rail
-from worker.settlement import SUBMIT, Call, Ended
 
 EXAMPLES = int(os.environ.get("LEDGER_EXAMPLES", "30"))
 STEPS = 16
