@@ -26,7 +26,6 @@ class LogEvent(StrEnum):
     CALLBACK_ATTEMPTED = "callback.attempted"
     SECRET_UNSEALABLE = "secret.unsealable"  # noqa: S105 an event
     ROUND_FAILED = "round.failed"
-    LIBRARY = "library"
 
 
 # A second line of defence: whatever is logged under such a key is dropped.

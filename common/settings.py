@@ -133,7 +133,7 @@ class Settings:
         default=None,
         repr=False,
         metadata={
-            _META: _Setting("AMQP_URL", _optional, "RabbitMQ; empty: PostgreSQL alone carries the work", ""),
+            _META: _Setting("AMQP_URL", _optional, "kept for RabbitMQ; so far PostgreSQL alone carries the work", ""),
         },
     )
     master_keys: dict[int, bytes] = field(
@@ -203,7 +203,7 @@ class Settings:
         "PAYOUTS_ACCEPT_COMMITTERS",
         _integer(1, 16),
         "2",
-        "transactions that accept payouts at the same time, per process",
+        "transactions that accept payouts at the same time, per process; shops that are behind have some more",
     )
     accept_batch_max: int = _setting(
         "PAYOUTS_ACCEPT_BATCH_MAX", _integer(1, 128), "128", "payouts per accepting transaction"

@@ -73,12 +73,12 @@ def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | 
         return Conclusion(State.FAILED, None, ended.answer.failure_code or "provider_declined")
     if ended.call.action == SUBMIT:
         return _conclude_submit(outcome, 0 if history is None else history.submits_refused, ended.call.lag_seconds)
-    return _conclude_look_up(payout, outcome, 0 if history is None else history.look_ups)
+    return _conclude_look_up(payout, outcome, history)
 
 
 def _conclude_submit(outcome: Outcome, refusals_before: int, lag_seconds: float) -> Conclusion:
     if outcome is Outcome.SUBMITTED:
-        return Conclusion(State.SUBMITTED, look_up_delay(0))
+        return Conclusion(State.SUBMITTED, max(look_up_delay(0), lag_seconds))
     if outcome is Outcome.NOT_ACCEPTED:
         delay_seconds = submit_delay(refusals_before + 1)
         if delay_seconds is None:
@@ -88,14 +88,15 @@ def _conclude_submit(outcome: Outcome, refusals_before: int, lag_seconds: float)
     return Conclusion(State.VERIFYING, max(look_up_delay(0), lag_seconds))
 
 
-def _conclude_look_up(payout: LockedPayout, outcome: Outcome, look_ups_before: int) -> Conclusion:
-    delay_seconds = look_up_delay(look_ups_before + 1)
+def _conclude_look_up(payout: LockedPayout, outcome: Outcome, history: History | None) -> Conclusion:
+    delay_seconds = look_up_delay(1 if history is None else history.look_ups + 1)
+    was_taken = payout.provider_reference is not None or (history is not None and history.was_taken)
     if outcome is Outcome.SUBMITTED:
         return Conclusion(State.SUBMITTED if payout.state is State.VERIFYING else None, delay_seconds)
     if outcome is Outcome.NOT_FOUND:
         if payout.state is State.SUBMITTED:
             return Conclusion(State.VERIFYING, delay_seconds)
-        if payout.provider_reference is None:
+        if not was_taken:
             return Conclusion(State.QUEUED, 0.0)
         # It took the payout once and now denies it: nothing to send again on such a word.
     return Conclusion(None, delay_seconds)

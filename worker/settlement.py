@@ -39,7 +39,7 @@ from common.domain.ledger import EntryKind
 from common.domain.payout import State
 from common.domain.schedule import look_up_delay
 from common.domain.telling import event_type, render_payout_event
-from common.errors import PayoutsError, Transient
+from common.errors import AccountBusy, PayoutsError, Transient
 from common.log import LogEvent, get_logger
 from common.process import end_tasks
 from common.recipients import open_recipient
@@ -172,7 +172,8 @@ class Settler:
                 recipient = open_recipient(
                     self._keyring, payout.recipient_sealed, shop_id=payout.shop_id, payout_id=payout.id
                 )
-            except SealBroken:
+            except SealBroken as error:
+                get_logger().error(LogEvent.SECRET_UNSEALABLE, payout=render_id(PAYOUT, payout.id), error=str(error))
                 return Answer(Outcome.NOT_ACCEPTED, detail="recipient does not open")
             order = PaymentOrder(call.reference, payout.amount_minor, payout.currency, recipient)
         if monotonic() > call.start_until:
@@ -197,13 +198,16 @@ class Settler:
             try:
                 if await batcher.submit(ended):
                     return
-            except Transient:
+                busy = True
+            except Transient as error:
                 if monotonic() >= until:
                     raise
+                busy = isinstance(error, AccountBusy)
                 await asyncio.sleep(_RECORD_PAUSE_SECONDS)
-            batcher = self._busy_records.setdefault(
-                ended.call.payout.shop_id, Batcher(self._record_busy, batch_max=_RECORD_BATCH_MAX)
-            )
+            if busy:
+                batcher = self._busy_records.setdefault(
+                    ended.call.payout.shop_id, Batcher(self._record_busy, batch_max=_RECORD_BATCH_MAX)
+                )
 
     async def _record(self, ended: Sequence[Ended], wait_seconds: float = 0.0) -> list[bool]:
         """Record what can be recorded now; False where the account is somebody else's at the moment."""

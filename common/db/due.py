@@ -47,14 +47,15 @@ _CLAIM_DUE = text(
 
 _LAST_ATTEMPTS = text(
     """
-    SELECT wanted.payout_id, a.attempt_no, a.outcome, a.reference, a.submits_refused, a.look_ups
+    SELECT wanted.payout_id, a.attempt_no, a.outcome, a.reference, a.submits_refused, a.look_ups, a.was_taken
       FROM unnest(CAST(:ids AS uuid[])) AS wanted (payout_id)
      CROSS JOIN LATERAL (
        SELECT max(attempt_no) AS attempt_no,
               (array_agg(outcome ORDER BY attempt_no DESC))[1] AS outcome,
               min(reference) AS reference,
               count(*) FILTER (WHERE outcome = 'not_accepted') AS submits_refused,
-              count(*) FILTER (WHERE action = 'look_up') AS look_ups
+              count(*) FILTER (WHERE action = 'look_up') AS look_ups,
+              coalesce(bool_or(outcome = 'submitted'), false) AS was_taken
          FROM payout_attempts WHERE payout_id = wanted.payout_id) a
      WHERE a.attempt_no IS NOT NULL
     """
@@ -174,20 +175,23 @@ _RAILS_DUE = text(
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What was tried for a payout so far."""
+    """What was tried for a payout so far. `was_taken`: the rail said once that it had taken it."""
 
     attempt_no: int
     outcome: str | None
     reference: str
     submits_refused: int
     look_ups: int
+    was_taken: bool = False
 
 
 async def find_histories(tx: Tx, payout_ids: Collection[UUID]) -> dict[UUID, History]:
     """The attempts of payouts in a nutshell; payouts never tried are left out."""
     rows = await tx.execute(_LAST_ATTEMPTS, {"ids": list(payout_ids)})
     return {
-        row.payout_id: History(row.attempt_no, row.outcome, row.reference, row.submits_refused, row.look_ups)
+        row.payout_id: History(
+            row.attempt_no, row.outcome, row.reference, row.submits_refused, row.look_ups, row.was_taken
+        )
         for row in rows
     }
 

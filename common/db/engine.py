@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 # PostgreSQL, appendix A. Repeated as a whole: the transaction did not happen.
 _REPEATABLE: Final = frozenset({"40001", "40P01"})
 _LOCK_NOT_AVAILABLE: Final = "55P03"
-# Connection classes, shutdown and crash recovery, no free connection, a statement past its time-out, a standby.
+# Connection exceptions, a server out of resources or connections, shutdown and crash recovery; then a standby.
 _UNAVAILABLE_CLASSES: Final = ("08", "53", "57")
 _READ_ONLY: Final = "25006"
 _STATEMENT_TIMED_OUT: Final = "57014"

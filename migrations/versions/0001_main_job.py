@@ -312,6 +312,7 @@ GUARDS = [
     CREATE TRIGGER payouts_no_truncate BEFORE TRUNCATE ON payouts
       FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()
     """,
+    # All terms but the seal of the recipient: the owner may seal it anew under another master key.
     """
     CREATE TRIGGER payouts_terms_fixed BEFORE UPDATE OF id, shop_id, account_id, external_id, amount_minor, currency,
         recipient_sealed, recipient_masked, recipient_digest, payment_data_digest, callback_url, details, hold_seq,

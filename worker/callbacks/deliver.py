@@ -142,7 +142,7 @@ async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float) -> None
         attempts.append(_logged(item, late=not held, now=now))
         if item.attempt.delivered and event_id in tokens:
             finished[event_id] = "delivered"
-        elif held:
+        elif held and finished.get(event_id) != "delivered":
             _conclude(item, finished, again)
     await append_callback_attempts(tx, attempts)
     await finish_callbacks(tx, finished)

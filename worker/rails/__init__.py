@@ -9,7 +9,7 @@ from common.recipients import Recipient
 
 
 class Outcome(StrEnum):
-    """What a rail said. Only `PAID`, `DECLINED` and, of a submit, `NOT_ACCEPTED` are definite about the money.
+    """What a rail said. Definite about the money are `PAID`, `DECLINED`, `NOT_ACCEPTED` of a submit, `NOT_FOUND` of a look-up.
 
     `NOT_FOUND` is only said by a rail whose look-up is authoritative; any other ignorance is `UNKNOWN`.
     """
