@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 from sqlalchemy import text
 
-from common.db.engine import Tx
+from common.db.engine import Tx, arrays_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +105,7 @@ _RESCHEDULE_CALLBACKS = text(
 async def append_events(tx: Tx, events: Sequence[Event]) -> None:
     """Store events, and the callback of each that has somebody to call, due now."""
     if events:
-        await tx.execute(_APPEND_EVENTS, _arrays(events, Event))
+        await tx.execute(_APPEND_EVENTS, arrays_of(events, Event))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +158,7 @@ class CallbackAttempt:
 async def append_callback_attempts(tx: Tx, attempts: Sequence[CallbackAttempt]) -> None:
     """Log attempts. Repeat: the same attempt is logged once."""
     if attempts:
-        await tx.execute(_APPEND_ATTEMPTS, _arrays(attempts, CallbackAttempt))
+        await tx.execute(_APPEND_ATTEMPTS, arrays_of(attempts, CallbackAttempt))
 
 
 async def finish_callbacks(tx: Tx, states: dict[UUID, str]) -> None:
@@ -244,7 +243,3 @@ async def list_callbacks(
 async def resend_callback(tx: Tx, event_id: UUID) -> bool:
     """Make a callback due now, whatever became of it. False: no such callback, or an attempt is under way."""
     return await tx.scalar(_RESEND_CALLBACK, {"event_id": event_id}) is not None
-
-
-def _arrays(rows: Sequence[Any], kind: type[Any]) -> dict[str, list[Any]]:
-    return {name: [getattr(row, name) for row in rows] for name in kind.__dataclass_fields__}

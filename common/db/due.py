@@ -6,12 +6,11 @@ another token.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 from uuid import UUID
 
 from sqlalchemy import text
 
-from common.db.engine import Tx
+from common.db.engine import Tx, arrays_of
 
 # Visits shops that have rows, a few at a time and in turn, and takes the oldest due of each: one merchant's flood is one
 # shop among the others. Loose index scan over (rail, shop_id, due_at).
@@ -222,13 +221,13 @@ class FinishedAttempt:
 async def append_attempts(tx: Tx, attempts: Sequence[NewAttempt]) -> None:
     """Write down calls before they are made."""
     if attempts:
-        await tx.execute(_APPEND_ATTEMPTS, _arrays(attempts, NewAttempt))
+        await tx.execute(_APPEND_ATTEMPTS, arrays_of(attempts, NewAttempt))
 
 
 async def finish_attempts(tx: Tx, attempts: Sequence[FinishedAttempt]) -> None:
     """Write down how calls ended. Repeat: the first outcome of an attempt stands."""
     if attempts:
-        await tx.execute(_FINISH_ATTEMPTS, _arrays(attempts, FinishedAttempt))
+        await tx.execute(_FINISH_ATTEMPTS, arrays_of(attempts, FinishedAttempt))
 
 
 async def find_contradicted(tx: Tx, paid: Sequence[tuple[UUID, int]]) -> set[UUID]:
@@ -260,7 +259,3 @@ async def reschedule_due(tx: Tx, delays_seconds: Mapping[UUID, float]) -> None:
     """Give payouts back, to be due again after that many seconds."""
     if delays_seconds:
         await tx.execute(_RESCHEDULE_DUE, {"ids": list(delays_seconds), "delays": list(delays_seconds.values())})
-
-
-def _arrays(rows: Sequence[Any], kind: type[Any]) -> dict[str, list[Any]]:
-    return {name: [getattr(row, name) for row in rows] for name in kind.__dataclass_fields__}

@@ -1,7 +1,7 @@
 """The way into PostgreSQL: connections with their limits, transactions with a bounded repeat, errors translated once."""
 
-from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, TypeVar
 
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError
@@ -90,6 +90,11 @@ async def in_transaction(engine: Engine, work: Callable[[Tx], Awaitable[_T]], at
             except (DBAPIError, PoolTimeout, OSError, TimeoutError) as error:
                 raise _translate(error) from error
     raise AssertionError("unreachable: the loop returns or raises")
+
+
+def arrays_of(rows: Sequence[Any], kind: type[Any]) -> dict[str, list[Any]]:
+    """The rows of one dataclass as one array per field: the parameters of a statement that reads them with `unnest`."""
+    return {name: [getattr(row, name) for row in rows] for name in kind.__dataclass_fields__}
 
 
 def sqlstate(error: BaseException) -> str | None:
