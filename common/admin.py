@@ -1,7 +1,7 @@
 """The admin port every process may have, on loopback: `/livez`, `/readyz`, `/metrics`. And what readiness means."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 
 from aiohttp import web
@@ -12,6 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from common.db.engine import Engine, in_transaction
 from common.errors import Transient
 from common.log import LogEvent, get_logger
+from common.messaging.link import Link
 
 _SCHEMA_POLL_SECONDS = 0.5
 
@@ -22,6 +23,7 @@ class Readiness:
     def __init__(self) -> None:
         self._schema_fits = False
         self._leaving = False
+        self._links: Collection[Link] = ()
 
     @property
     def leaving(self) -> bool:
@@ -34,6 +36,18 @@ class Readiness:
         if self._leaving:
             return "leaving"
         return None if self._schema_fits else "waiting for the database's schema"
+
+    @property
+    def broker(self) -> str:
+        """How it stands with RabbitMQ. Without it work goes on from PostgreSQL, so it is no reason not to be ready."""
+        if not self._links:
+            return "not used"
+        away = [link.name for link in self._links if not link.connected]
+        return f"away: {', '.join(away)}" if away else "connected"
+
+    def watch(self, links: Collection[Link]) -> None:
+        """Tell of these connections from now on."""
+        self._links = links
 
     def leave(self) -> None:
         """No more work, please."""
@@ -65,8 +79,8 @@ def readyz(readiness: Readiness) -> Callable[[web.Request], Awaitable[web.Respon
     async def answer(_request: web.Request) -> web.Response:
         reason = readiness.reason
         if reason is None:
-            return web.json_response({"status": "ready"})
-        return web.json_response({"status": "not ready", "reason": reason}, status=503)
+            return web.json_response({"status": "ready", "broker": readiness.broker})
+        return web.json_response({"status": "not ready", "reason": reason, "broker": readiness.broker}, status=503)
 
     return answer
 

@@ -11,7 +11,9 @@
     │   │                             InsufficientBalance
     │   └── MethodNotAllowed · BodyTooLarge · UnsupportedMediaType · UnreadableRequest · RateLimited
     ├── Transient                     the world is wrong for now: repeating is safe and may help
-    │   └── Overloaded · AccountBusy · DatabaseUnavailable · DatabaseSlow
+    │   └── Overloaded · AccountBusy · DatabaseUnavailable · DatabaseSlow · BrokerUnavailable
+    ├── Poison                        the message is unreadable: it is parked, its neighbours go on
+    │   └── UnreadableMessage
     └── InvariantViolated             we are wrong
 
 `reason` is stable and fine: merchants may build on it. HTTP statuses live in `gateway.errors` alone.
@@ -196,6 +198,20 @@ class DatabaseSlow(Transient):
     """PostgreSQL did not finish in time; how a transaction ended may be unknown."""
 
     reason = "database_slow"
+
+
+class BrokerUnavailable(Transient):
+    """RabbitMQ cannot be reached, or did not confirm."""
+
+    reason = "broker_unavailable"
+
+
+class Poison(PayoutsError):
+    """A message that will never be understood, however often it comes."""
+
+
+class UnreadableMessage(Poison):
+    reason, message = "message_unreadable", "unreadable"
 
 
 class InvariantViolated(PayoutsError):

@@ -25,6 +25,13 @@ class LogEvent(StrEnum):
     RAIL_CRASHED = "rail.crashed"
     CALLBACK_ATTEMPTED = "callback.attempted"
     SECRET_UNSEALABLE = "secret.unsealable"  # noqa: S105 an event
+    BROKER_CONNECTED = "broker.connected"
+    BROKER_LOST = "broker.lost"
+    BROKER_UNREACHABLE = "broker.unreachable"
+    MESSAGE_UNCONFIRMED = "message.unconfirmed"
+    MESSAGE_RETURNED = "message.returned"
+    MESSAGE_REFUSED = "message.refused"
+    MESSAGE_PARKED = "message.parked"
     ROUND_FAILED = "round.failed"
 
 

@@ -75,6 +75,19 @@ def _switch(text: str) -> bool:
     return _choice("0", "1")(text) == "1"
 
 
+def _hosts(text: str) -> tuple[str, ...]:
+    urls = tuple(url.strip() for url in text.split(",") if url.strip())
+    if not all(url.startswith(("amqp://", "amqps://")) for url in urls):
+        raise _Nonsense("must be amqp://… or amqps://…, several by commas")
+    return urls
+
+
+def _queue_prefix(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{0,64}", text):
+        raise _Nonsense("must be at most 64 characters of A-Z a-z 0-9 . _ -")
+    return text
+
+
 def _postgresql(text: str) -> str:
     if not re.match(r"postgres(ql)?(\+asyncpg)?://", text):
         raise _Nonsense("must be postgresql://…")
@@ -85,10 +98,6 @@ def _address(text: str) -> str:
     if not text.strip():
         raise _Nonsense("must name an address")
     return text
-
-
-def _optional(text: str) -> str | None:
-    return text or None
 
 
 def _ports(text: str) -> frozenset[int]:
@@ -129,12 +138,23 @@ class Settings:
             )
         },
     )
-    amqp_url: str | None = field(
-        default=None,
+    amqp_urls: tuple[str, ...] = field(
+        default_factory=tuple,
         repr=False,
         metadata={
-            _META: _Setting("AMQP_URL", _optional, "kept for RabbitMQ; so far PostgreSQL alone carries the work", ""),
+            _META: _Setting(
+                "AMQP_URL", _hosts, "RabbitMQ, several hosts by commas; empty: PostgreSQL alone carries the work", ""
+            )
         },
+    )
+    amqp_queue_prefix: str = _setting(
+        "PAYOUTS_AMQP_QUEUE_PREFIX",
+        _queue_prefix,
+        "",
+        "before the name of every queue, so that tenants can share a broker",
+    )
+    amqp_shards: int = _setting(
+        "PAYOUTS_AMQP_SHARDS", _integer(1, 64), "1", "queues per kind of work; the same for every process"
     )
     master_keys: dict[int, bytes] = field(
         repr=False,

@@ -54,6 +54,7 @@ class Order:
     payment_data_digest: bytes | None = field(repr=False)
     callback_url: str | None
     details: dict[str, Any] | None
+    traceparent: str | None = None
 
     @property
     def details_json(self) -> str | None:
@@ -70,6 +71,7 @@ class Accepted:
 
 
 Verdict = Accepted | PayoutsError
+Tell = Callable[[Sequence[Order]], None]
 
 
 @dataclass(slots=True)
@@ -84,6 +86,7 @@ class Acceptor:
 
     A shop whose account somebody else holds gets a line of its own until it has caught up, and waits there in short turns
     for at most `busy_seconds_max`; so it delays only itself.
+    `tell` hears after the commit of what was accepted.
     """
 
     def __init__(
@@ -96,8 +99,10 @@ class Acceptor:
         batch_max: int,
         queue_max: int,
         wait_seconds: float,
+        tell: Tell = lambda _: None,
     ) -> None:
         self._engine = engine
+        self._tell = tell
         self._batch_max = batch_max
         self._queue_max = queue_max
         self._wait_seconds = wait_seconds
@@ -200,13 +205,19 @@ class Acceptor:
             return not futures[order.id].done()
 
         busy = []
-        verdicts = await flush_by_halves(decide, [waiting.order for waiting in batch])
+        orders = [waiting.order for waiting in batch]
+        verdicts = await flush_by_halves(decide, orders)
+        self._tell([order for order, verdict in zip(orders, verdicts, strict=True) if _is_new(verdict)])
         for waiting, verdict in zip(batch, verdicts, strict=True):
             if verdict is None or isinstance(verdict, AccountBusy):
                 busy.append(waiting)
             else:
                 settle_future(waiting.future, _ours(verdict, waiting.order))
         return busy
+
+
+def _is_new(verdict: object) -> bool:
+    return isinstance(verdict, Accepted) and not verdict.replayed
 
 
 def _ours(verdict: Accepted | Exception, order: Order) -> Accepted | Exception:

@@ -3,9 +3,10 @@
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final
 from uuid import uuid4
 
@@ -28,8 +29,12 @@ from common.errors import (
     UnsupportedMediaType,
 )
 from common.log import LogEvent, get_logger
+from common.messaging.link import Link
+from common.messaging.publisher import Publisher
+from common.messaging.topology import Topology, Work
+from common.process import end_tasks
 from common.settings import Settings
-from gateway.accept import Acceptor
+from gateway.accept import Acceptor, Order
 from gateway.auth import Authenticator, Caller, read_credentials
 from gateway.balance import show_balance
 from gateway.errors import REQUEST_ID, SERVER, render_error
@@ -58,6 +63,9 @@ ENDPOINTS: Final = (
     Endpoint("GET", "/payouts/{external_id}", "payouts:read", True, show_payout),
     Endpoint("GET", "/balance", "balance:read", True, show_balance),
 )
+
+# For confirms that are still under way when we leave; the scan finds whatever is not confirmed.
+_PUBLISH_DRAIN_SECONDS: Final = 5.0
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{8,64}", re.ASCII)
 
@@ -97,6 +105,7 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
             cache_seconds=settings.key_cache_seconds,
             requests_per_second_max=settings.key_requests_per_second_max,
         )
+        publisher = Publisher(Topology(settings.amqp_queue_prefix, settings.amqp_shards))
         app[ACCEPTOR] = Acceptor(
             accept_engine,
             committers=settings.accept_committers,
@@ -105,16 +114,29 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
             batch_max=settings.accept_batch_max,
             queue_max=settings.accept_queue_max,
             wait_seconds=settings.accept_wait_seconds_max,
+            tell=partial(_tell, publisher),
         )
+        # The broker may come later, or never: accepting does not need it.
+        links = [Link("publish", settings.amqp_urls, publisher.session)] if settings.amqp_urls else []
+        readiness.watch(links)
+        publishing = [asyncio.create_task(link.run()) for link in links]
         waiting = asyncio.create_task(readiness.wait_for_schema(engine, schema_revision))
         yield
         waiting.cancel()
         await app[ACCEPTOR].close(settings.drain_seconds)
+        await publisher.drain(_PUBLISH_DRAIN_SECONDS)
+        await end_tasks(publishing, 0)
         await app[AUTHENTICATOR].close()
         await accept_engine.dispose()
         await engine.dispose()
 
     return resources
+
+
+def _tell(publisher: Publisher, orders: Sequence[Order]) -> None:
+    """After the commit: have the payouts settled now, with the trace contexts of the requests that brought them."""
+    traceparents = [order.traceparent for order in orders if order.traceparent is not None]
+    publisher.offer(Work.SETTLE, [(order.id, order.shop.id) for order in orders], traceparents)
 
 
 def _guarded(endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.Response]]:

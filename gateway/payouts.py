@@ -1,7 +1,9 @@
 """`POST /payouts` and `GET /payouts/{external_id}`."""
 
 import json
+import re
 import time
+from typing import Final
 
 from aiohttp import web
 from jsonschema import Draft202012Validator
@@ -21,6 +23,8 @@ from gateway.errors import json_response
 from gateway.keys import ACCEPTOR, AUTHENTICATOR, ENGINE, KEYRING, SETTINGS
 from gateway.schemas import AMOUNT_INVALID, CreatePayout, parse_create_payout, read_query, render_payout
 
+_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
+
 
 async def create_payout(request: web.Request, caller: Caller, body: bytes) -> web.Response:
     """`POST /payouts`: 201 when the payout, the hold of its money and the order to send it are committed.
@@ -33,7 +37,7 @@ async def create_payout(request: web.Request, caller: Caller, body: bytes) -> we
         body, private_callbacks=settings.callback_private_addresses, callback_ports=settings.callback_ports
     )
     shop = await app[AUTHENTICATOR].resolve_shop(caller, create.shop_code)
-    order = place_order(create, shop, app[KEYRING], now=time.time())
+    order = place_order(create, shop, app[KEYRING], now=time.time(), traceparent=_traceparent(request))
     accepted = await app[ACCEPTOR].accept(order)
     return json_response(
         render_payout(accepted.payout, shop),
@@ -57,7 +61,9 @@ async def show_payout(request: web.Request, caller: Caller, _body: bytes) -> web
     return json_response(render_payout(payout, shop))
 
 
-def place_order(create: CreatePayout, shop: Shop, keyring: Keyring, *, now: float) -> Order:
+def place_order(
+    create: CreatePayout, shop: Shop, keyring: Keyring, *, now: float, traceparent: str | None = None
+) -> Order:
     """Judge what only the shop can tell, and seal the recipient. `now` is Unix seconds.
 
     Raises: `ShopCurrencyMismatch`, `InvalidRequest` for the amount's scale and for payment data against the shop's schema.
@@ -85,7 +91,14 @@ def place_order(create: CreatePayout, shop: Shop, keyring: Keyring, *, now: floa
         ),
         callback_url=create.callback_url,
         details=create.details or None,
+        traceparent=traceparent,
     )
+
+
+def _traceparent(request: web.Request) -> str | None:
+    """The trace context of a request, when it has one. Source: W3C Trace Context, section 3.2."""
+    sent = request.headers.get("traceparent", "")
+    return sent if _TRACEPARENT.fullmatch(sent) else None
 
 
 def _payment_data_errors(create: CreatePayout, shop: Shop) -> list[FieldError]:

@@ -27,7 +27,7 @@ LOCK_TIMEOUT = "5s"
 STATEMENT_TIMEOUT = "60s"
 
 # Since PostgreSQL 16 a member need not be allowed to become the role; before, every member was.
-_MAY_BECOME = """
+MAY_BECOME = """
 SELECT pg_has_role(current_user, :role,
                    CASE WHEN current_setting('server_version_num')::int >= 160000 THEN 'SET' ELSE 'MEMBER' END)
 """
@@ -79,7 +79,7 @@ def _upgrade(connection: Connection) -> None:
     for role in ROLES:
         if not connection.scalar(text("SELECT 1 FROM pg_roles WHERE rolname = :role"), {"role": role}):
             connection.execute(text(_CREATE_ROLE.format(role=role)))
-        if not connection.scalar(text(_MAY_BECOME), {"role": role}):
+        if not connection.scalar(text(MAY_BECOME), {"role": role}):
             connection.execute(text(f"GRANT {role} TO CURRENT_USER"))
     connection.execute(text(_GRANT_OWNER))
     connection.execute(text("SET LOCAL ROLE payouts_owner"))

@@ -1,4 +1,4 @@
-"""Whom PostgreSQL runs as: ourselves, or, since it refuses to be root, an account that the machine has already."""
+"""Whom servers run as: ourselves, or, since none of them shall be root, an account that the machine has already."""
 
 import os
 import pwd
@@ -41,11 +41,11 @@ class Account:
         return done.returncode == 0
 
 
-def find_account() -> Account | None:
-    """Ourselves, or as root the first account there is that fits; None when there is none."""
+def find_account(*preferred: str) -> Account | None:
+    """Ourselves, or as root the first account there is, the preferred ones before others; None when there is none."""
     if os.geteuid() != 0:
         return Account(os.geteuid(), os.getegid())
-    for name in _ACCOUNTS:
+    for name in (*preferred, *_ACCOUNTS):
         with suppress(KeyError):
             entry = pwd.getpwnam(name)
             return Account(entry.pw_uid, entry.pw_gid)

@@ -1,8 +1,6 @@
 """Where the stack on this machine has its database: `DATABASE_URL` when it is set, else a cluster of its own."""
 
-import asyncio
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -13,12 +11,11 @@ from sqlalchemy.pool import NullPool
 
 from common.db.engine import driver_url
 from migrations.run import upgrade
-from ops.postgres import Cluster, PostgresFailed, choose_home
-from ops.processes import Say
+from ops.postgres import Cluster, choose_home
+from ops.servers import OwnServer, find_home, find_or_choose_home
 
 NAME: Final = "PostgreSQL"
 _CONNECT_SECONDS: Final = 5
-_WATCH_SECONDS: Final = 0.5
 
 
 class DatabaseUnusable(Exception):
@@ -51,36 +48,10 @@ def _cause(error: BaseException) -> str:
     return f"{type(cause).__name__}: {cause}"
 
 
-class OwnDatabase:
-    """The cluster of this checkout. Its calls block, so they run in one thread, one after the other."""
-
-    def __init__(self, folder: Path) -> None:
-        self._cluster = Cluster(_find_or_choose_home(folder), folder / "logs" / "postgresql.log")
-        self._thread = ThreadPoolExecutor(max_workers=1)
-
-    async def start(self) -> str:
-        """Start it and return its URL. Raises: `PostgresFailed`."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._cluster.start)
-
-    async def keep(self, say: Say) -> None:
-        """Start it again whenever it dies, and say so; for ever."""
-        while True:
-            await asyncio.sleep(_WATCH_SECONDS)
-            if self._cluster.process_id is None:
-                say(NAME, "died, starts again")
-                try:
-                    await self.start()
-                    say(NAME, "ready again")
-                except PostgresFailed as failure:
-                    say(NAME, str(failure))
-
-    async def stop(self) -> None:
-        """Stop it, after a start that may still be under way."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._cluster.stop)
-
-    def kill(self) -> None:
-        """End it at once, as a crash would."""
-        self._cluster.kill()
+def own_database(folder: Path) -> OwnServer:
+    """The cluster of this checkout. Blocks for a moment. Raises: `ServerFailed`."""
+    home = find_or_choose_home(_record(folder), lambda: choose_home(folder / "postgres"), _remove)
+    return OwnServer(NAME, Cluster(home, _log(folder)))
 
 
 def stop_leftover(folder: Path) -> list[str]:
@@ -97,23 +68,16 @@ def remove_own(folder: Path) -> None:
 
 
 def _find_cluster(folder: Path) -> Cluster | None:
-    record = _record(folder)
-    return Cluster(Path(record.read_text()), folder / "logs" / "postgresql.log") if record.exists() else None
-
-
-def _find_or_choose_home(folder: Path) -> Path:
-    """Where the cluster is, else where it shall be; recorded, since that may be outside of the folder."""
-    record = _record(folder)
-    if not record.exists():
-        home = choose_home(folder / "postgres")
-        # Without a record it is of a folder that was removed by hand, and what opens its secrets went with that.
-        _remove(home)
-        record.write_text(str(home))
-    return Path(record.read_text())
+    home = find_home(_record(folder))
+    return Cluster(home, _log(folder)) if home is not None else None
 
 
 def _record(folder: Path) -> Path:
     return folder / "cluster"
+
+
+def _log(folder: Path) -> Path:
+    return folder / "logs" / "postgresql.log"
 
 
 def _remove(home: Path) -> None:

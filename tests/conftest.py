@@ -22,6 +22,8 @@ from sqlalchemy.engine import make_url
 from migrations.run import upgrade
 from ops.postgres import DATABASE, Cluster, choose_home
 
+pytest_plugins = ["tests.broker"]
+
 _FOLDER: Final = "payouts-tests-"
 
 MakeCluster = Callable[..., Awaitable[Cluster]]

@@ -7,10 +7,14 @@ from time import monotonic
 from typing import Final, Protocol
 
 from common.admin import Readiness, admin_server
-from common.db.engine import create_engine
+from common.db.engine import Engine, create_engine
 from common.errors import Transient
 from common.log import LogEvent, get_logger
-from common.process import stop_requested
+from common.messaging.consumer import Consumer
+from common.messaging.link import Link
+from common.messaging.publisher import Publisher
+from common.messaging.topology import Topology, Work
+from common.process import end_tasks, stop_requested
 from common.settings import Settings
 from worker.callbacks.deliver import Deliverer
 from worker.callbacks.send import open_session
@@ -21,6 +25,8 @@ from worker.sweep import INTERVAL_SECONDS, Sweeper
 ROLES: Final = ("settle", "callbacks", "sweep")
 
 _FAILED_ROUND_SECONDS: Final = 1.0
+# With messages, the scan only looks for what they did not bring.
+_SCAN_BESIDE_MESSAGES_SECONDS: Final = 0.25
 
 
 class Role(Protocol):
@@ -31,6 +37,77 @@ class Role(Protocol):
 
     async def drain(self, deadline_seconds: float) -> None:
         """Let what is under way end, for at most that long."""
+
+
+class Worker:
+    """The roles of one process, and RabbitMQ when there is one."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        topology = Topology(settings.amqp_queue_prefix, settings.amqp_shards)
+        self._topology = topology
+        self._publisher = Publisher(topology)
+        self._consumers: dict[Work, Consumer] = {}
+        self.roles: dict[str, Role] = {}
+
+    async def open(self, resources: AsyncExitStack, engine: Engine, roles: Sequence[str]) -> None:
+        """Set up the roles asked for."""
+        settings = self._settings
+        if "settle" in roles:
+            settler = Settler(
+                engine,
+                settings.keyring,
+                {"sandbox": SandboxRail(engine, settle_seconds=settings.sandbox_settle_seconds)},
+                settings,
+                messages_arrive=lambda: self._arrive(Work.SETTLE),
+                tell=lambda events: self._publisher.offer(Work.CALLBACK, events),
+            )
+            self.roles["settle"] = settler
+            self._consumers[Work.SETTLE] = Consumer(
+                self._topology, Work.SETTLE, settler.claim_messages, self._publisher
+            )
+        if "callbacks" in roles:
+            session = await resources.enter_async_context(
+                open_session(private_allowed=settings.callback_private_addresses, ports=settings.callback_ports)
+            )
+            deliverer = Deliverer(
+                engine, settings.keyring, session, settings, messages_arrive=lambda: self._arrive(Work.CALLBACK)
+            )
+            self.roles["callbacks"] = deliverer
+            self._consumers[Work.CALLBACK] = Consumer(
+                self._topology, Work.CALLBACK, deliverer.claim_messages, self._publisher
+            )
+        if "sweep" in roles:
+            self.roles["sweep"] = Sweeper(engine)
+
+    def links(self) -> list[Link]:
+        """The connections to RabbitMQ that the roles need; none without `AMQP_URL`. Publishing has one of its own."""
+        if not self._settings.amqp_urls or not self._consumers:
+            return []
+        urls = self._settings.amqp_urls
+        consuming = [Link(f"consume {work.name.lower()}", urls, c.session) for work, c in self._consumers.items()]
+        return [Link("publish", urls, self._publisher.session), *consuming]
+
+    def pause_seconds(self, role: str) -> float:
+        """How long a role rests when there was nothing to do."""
+        if role == "sweep":
+            return INTERVAL_SECONDS
+        work = Work.SETTLE if role == "settle" else Work.CALLBACK
+        return _SCAN_BESIDE_MESSAGES_SECONDS if self._arrive(work) else self._settings.scan_interval_seconds
+
+    async def drain(self) -> None:
+        """Hand back what has not begun and finish the rest, within the deadline."""
+        ends_at = monotonic() + self._settings.drain_seconds
+
+        def left() -> float:
+            return max(0.0, ends_at - monotonic())
+
+        await asyncio.gather(*(consumer.drain(left()) for consumer in self._consumers.values()))
+        await asyncio.gather(*(role.drain(left()) for role in self.roles.values()))
+        await self._publisher.drain(left())
+
+    def _arrive(self, work: Work) -> bool:
+        return self._consumers[work].connected
 
 
 async def run_worker(settings: Settings, roles: Sequence[str], *, schema_revision: str) -> None:
@@ -46,48 +123,42 @@ async def run_worker(settings: Settings, roles: Sequence[str], *, schema_revisio
             pool_max=settings.database_pool_max,
         )
         resources.push_async_callback(engine.dispose)
-        session = await resources.enter_async_context(
-            open_session(private_allowed=settings.callback_private_addresses, ports=settings.callback_ports)
-        )
-        working: dict[str, tuple[Role, float]] = {}
-        if "settle" in roles:
-            rails = {"sandbox": SandboxRail(engine, settle_seconds=settings.sandbox_settle_seconds)}
-            working["settle"] = Settler(engine, settings.keyring, rails, settings), settings.scan_interval_seconds
-        if "callbacks" in roles:
-            deliverer = Deliverer(engine, settings.keyring, session, settings)
-            working["callbacks"] = deliverer, settings.scan_interval_seconds
-        if "sweep" in roles:
-            working["sweep"] = Sweeper(engine), INTERVAL_SECONDS
-        waiting = asyncio.create_task(readiness.wait_for_schema(engine, schema_revision))
-        resources.callback(waiting.cancel)
+        worker = Worker(settings)
+        await worker.open(resources, engine, roles)
         get_logger().info(LogEvent.PROCESS_STARTED, roles=list(roles))
+        schema = asyncio.create_task(readiness.wait_for_schema(engine, schema_revision))
+        resources.callback(schema.cancel)
+        await _first(schema, stop)
+        links = [] if stop.is_set() else worker.links()
+        readiness.watch(links)
+        keeping = [asyncio.create_task(link.run()) for link in links]
         async with asyncio.TaskGroup() as loops:
-            for name, (role, pause_seconds) in working.items():
-                loops.create_task(_run_rounds(name, role, stop, waiting, pause_seconds))
+            for name, role in worker.roles.items():
+                loops.create_task(_run_rounds(name, role, worker, stop))
             await stop.wait()
             readiness.leave()
-        ends_at = monotonic() + settings.drain_seconds
-        await asyncio.gather(*(role.drain(max(0.0, ends_at - monotonic())) for role, _ in working.values()))
+        await worker.drain()
+        await end_tasks(keeping, 0)
     get_logger().info(LogEvent.PROCESS_STOPPED)
 
 
-async def _run_rounds(
-    name: str, role: Role, stop: asyncio.Event, schema: "asyncio.Task[None]", pause_seconds: float
-) -> None:
-    """Round after round, without a pause while there is work; a failed round is logged and tried again."""
+async def _first(task: "asyncio.Task[None]", stop: asyncio.Event) -> None:
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({stopping, schema}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
+
+
+async def _run_rounds(name: str, role: Role, worker: Worker, stop: asyncio.Event) -> None:
+    """Round after round, without a pause while there is work; a failed round is logged and tried again."""
     while not stop.is_set():
-        pause = pause_seconds
+        pause_seconds = _FAILED_ROUND_SECONDS
         try:
             if await role.run_round():
                 continue
+            pause_seconds = worker.pause_seconds(name)
         except Transient as error:
             get_logger().warning(LogEvent.ROUND_FAILED, round=name, error=error.reason)
-            pause = _FAILED_ROUND_SECONDS
         except Exception:
             get_logger().exception(LogEvent.ROUND_FAILED, round=name)
-            pause = _FAILED_ROUND_SECONDS
         with suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), pause)
+            await asyncio.wait_for(stop.wait(), pause_seconds)

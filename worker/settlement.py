@@ -6,7 +6,8 @@ What an answer means is decided by `worker.conclusions`. A payout whose lease ra
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 from typing import Final
@@ -23,6 +24,7 @@ from common.db.due import (
     NewAttempt,
     append_attempts,
     claim_due,
+    claim_due_ids,
     delete_due,
     find_contradicted,
     find_histories,
@@ -41,12 +43,18 @@ from common.domain.schedule import look_up_delay
 from common.domain.telling import event_type, render_payout_event
 from common.errors import AccountBusy, PayoutsError, Transient
 from common.log import LogEvent, get_logger
+from common.messaging.codec import WorkMessage
 from common.process import end_tasks
 from common.recipients import open_recipient
 from common.sealing import Keyring, SealBroken
 from common.settings import Settings
 from worker.conclusions import LOOK_UP, SUBMIT, Call, Conclusion, Ended, conclude, note_contradiction, sane
 from worker.rails import Answer, Outcome, PaymentOrder, Rail, Rails
+
+# With messages, the scan only takes what has been due for so long: what messages did not bring.
+OVERDUE_SECONDS: Final = 1.0
+
+Tell = Callable[[Sequence[tuple[UUID, UUID]]], None]
 
 # Shops one claim visits; the next claim goes on behind them.
 _SHOPS_MAX: Final = 64
@@ -61,9 +69,25 @@ _NO_ROUTE_SECONDS: Final = 5.0
 
 
 class Settler:
-    """Settles payouts through its rails until told to stop."""
+    """Settles payouts through its rails until told to stop: those it is told of, and those it finds overdue.
 
-    def __init__(self, engine: Engine, keyring: Keyring, rails: Rails, settings: Settings) -> None:
+    `messages_arrive` says whether somebody tells it; then the scan leaves payouts alone until they are overdue. `tell` hears
+    of events whose callbacks can leave now.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        keyring: Keyring,
+        rails: Rails,
+        settings: Settings,
+        *,
+        messages_arrive: Callable[[], bool] = lambda: False,
+        tell: Tell = lambda _: None,
+    ) -> None:
+        self._messages_arrive = messages_arrive
+        self._tell = tell
+        self._call_ended = asyncio.Event()
         self._engine = engine
         self._keyring = keyring
         self._rails = rails
@@ -85,6 +109,20 @@ class Settler:
             await self._fail_without_route()
         return any(claimed)
 
+    async def claim_messages(self, messages: Sequence[WorkMessage]) -> None:
+        """Claim what messages tell of and start its calls; waits for room. What another has, or does not fit, is left.
+
+        Raises: `Transient`; then nothing, or only a part, was claimed, and it may be called again.
+        """
+        ids = [payout_id for message in messages for payout_id in message.ids]
+        size = min(self._settings.settle_batch_max, self._settings.settle_concurrency)
+        for name, rail in self._rails.items():
+            for chunk in (ids[first : first + size] for first in range(0, len(ids), size)):
+                while self._room(name) < len(chunk):
+                    self._call_ended.clear()
+                    await self._call_ended.wait()
+                await self._take(name, rail, payout_ids=chunk)
+
     async def drain(self, deadline_seconds: float) -> None:
         """Let calls that are under way end and be recorded, for at most that long; leases take care of the rest."""
         await end_tasks(self._calls, deadline_seconds)
@@ -94,7 +132,7 @@ class Settler:
         for start in dict.fromkeys((self._next_shop[name], _FIRST_SHOP)):
             after_shop: UUID | None = start
             while after_shop is not None:
-                claimed = await self._claim_behind(name, rail, after_shop)
+                claimed = await self._take(name, rail, after_shop=after_shop)
                 if claimed is None:
                     return False
                 self._next_shop[name] = claimed.next_shop or _FIRST_SHOP
@@ -103,10 +141,14 @@ class Settler:
                 after_shop = claimed.next_shop
         return False
 
-    async def _claim_behind(self, name: str, rail: Rail, after_shop: UUID) -> Claimed | None:
-        """One claim and the start of its calls; None when there is no room for more."""
-        settings, busy = self._settings, self._calls_by_shop[name]
-        room = settings.settle_concurrency - busy.total()
+    def _room(self, name: str) -> int:
+        return self._settings.settle_concurrency - self._calls_by_shop[name].total()
+
+    async def _take(
+        self, name: str, rail: Rail, *, after_shop: UUID = _FIRST_SHOP, payout_ids: Sequence[UUID] | None = None
+    ) -> Claimed | None:
+        """One claim, of those payouts or of what is overdue, and the start of its calls; None when there is no room."""
+        settings, room = self._settings, self._room(name)
         if room <= 0:
             return None
         claim = Claim(
@@ -116,15 +158,17 @@ class Settler:
             claim_max=min(room, settings.settle_batch_max),
             shop_max=settings.settle_shop_concurrency,
             shops_max=_SHOPS_MAX,
+            overdue_seconds=OVERDUE_SECONDS if self._messages_arrive() else 0.0,
         )
         start_until = monotonic() + settings.settle_lease_seconds - settings.rail_timeout_seconds
         work = partial(
             claim_calls,
             claim=claim,
             after_shop=after_shop,
-            busy=busy,
+            busy=self._calls_by_shop[name],
             lag_seconds=rail.lag_seconds,
             start_until=start_until,
+            payout_ids=payout_ids,
         )
         claimed, calls = await in_transaction(self._engine, work)
         self._start(name, rail, calls)
@@ -162,6 +206,7 @@ class Settler:
             busy[call.payout.shop_id] -= 1
             if not busy[call.payout.shop_id]:
                 del busy[call.payout.shop_id]
+            self._call_ended.set()
 
     async def _ask(self, rail: Rail, call: Call) -> Answer:
         """Ask the rail within its deadline; whatever goes wrong from then on is `UNKNOWN`."""
@@ -211,12 +256,13 @@ class Settler:
 
     async def _record(self, ended: Sequence[Ended], wait_seconds: float = 0.0) -> list[bool]:
         """Record what can be recorded now; False where the account is somebody else's at the moment."""
-        busy = await in_transaction(
+        recorded = await in_transaction(
             self._engine,
             lambda tx: record_answers(tx, ended, wait_seconds=wait_seconds),
             attempts_max=_RECORD_ATTEMPTS_MAX,
         )
-        return [item.call.payout.id not in busy for item in ended]
+        self._tell([(event.id, event.shop_id) for event in recorded.events if event.url is not None])
+        return [item.call.payout.id not in recorded.busy for item in ended]
 
     async def _record_busy(self, ended: Sequence[Ended]) -> list[bool]:
         async with self._busy_slots:
@@ -239,14 +285,24 @@ def _name(error: Exception) -> str:
 
 
 async def claim_calls(
-    tx: Tx, *, claim: Claim, after_shop: UUID, busy: Counter[UUID], lag_seconds: float, start_until: float
+    tx: Tx,
+    *,
+    claim: Claim,
+    after_shop: UUID,
+    busy: Counter[UUID],
+    lag_seconds: float,
+    start_until: float,
+    payout_ids: Sequence[UUID] | None = None,
 ) -> tuple[Claimed, list[Call]]:
-    """Take due payouts and write down the calls that will be made for them, before they are made.
+    """Take due payouts, of those named or shop by shop, and write down the calls that will be made for them, beforehand.
 
     Locks: due rows (skipping those that others hold), then payouts.
     Returns: what was taken, and the calls to make for it.
     """
-    claimed = await claim_due(tx, claim, after_shop, busy)
+    if payout_ids is None:
+        claimed = await claim_due(tx, claim, after_shop, busy)
+    else:
+        claimed = await claim_due_ids(tx, claim, payout_ids, busy)
     shop_ids = claimed.shop_ids
     if not shop_ids:
         return claimed, []
@@ -291,13 +347,20 @@ def _call(payout: LockedPayout, history: History | None, token: UUID, start_unti
     )
 
 
-async def record_answers(tx: Tx, ended: Sequence[Ended], *, wait_seconds: float) -> set[UUID]:
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What came of a record: the events that were stored, and the payouts that were left because their account is busy."""
+
+    events: list[Event]
+    busy: set[UUID]
+
+
+async def record_answers(tx: Tx, ended: Sequence[Ended], *, wait_seconds: float) -> Recorded:
     """Write down what the rails said, and what follows: attempt, state, money, event, callback, what is due.
 
     Locks: due rows, payouts, then the accounts of those that end; each in id order. With `wait_seconds` 0, payouts whose
     account somebody else holds are left as they are.
     Repeat: an answer that is recorded already finds its payout moved on and its lease gone, and changes nothing.
-    Returns: the payouts that were left.
     """
     ended = [Ended(item.call, sane(item.answer, item.call.action)) for item in ended]
     ids = {item.call.payout.id for item in ended}
@@ -329,8 +392,7 @@ async def record_answers(tx: Tx, ended: Sequence[Ended], *, wait_seconds: float)
     }
     await finish_attempts(tx, [_finished(item) for item in ended if item.call.payout.id not in busy])
     concluded = [(payouts[key], c) for key, c in conclusions.items() if c is not None and key not in busy]
-    await _apply(tx, concluded, accounts, references)
-    return busy
+    return Recorded(await _apply(tx, concluded, accounts, references), busy)
 
 
 async def fail_without_route(tx: Tx, *, claim: Claim, after_shop: UUID) -> UUID | None:
@@ -361,8 +423,8 @@ async def _apply(
     concluded: Sequence[tuple[LockedPayout, Conclusion]],
     accounts: Mapping[int, LockedAccount],
     provider_references: Mapping[UUID, str | None],
-) -> None:
-    """Carry conclusions out. The accounts of all that end are locked."""
+) -> list[Event]:
+    """Carry conclusions out, and return the events that came of it. The accounts of all that end are locked."""
     moves = []
     for payout, conclusion in concluded:
         if conclusion.state is None:
@@ -375,9 +437,11 @@ async def _apply(
             Move(payout, conclusion.state, conclusion.failure_code, provider_references.get(payout.id), resolution)
         )
     await save_moves(tx, moves)
-    await append_events(tx, list(_events(moves)))
+    events = list(_events(moves))
+    await append_events(tx, events)
     await delete_due(tx, [move.payout.id for move in moves if move.state.is_final])
     await reschedule_due(tx, {payout.id: c.delay_seconds for payout, c in concluded if c.delay_seconds is not None})
+    return events
 
 
 def _events(moves: Iterable[Move]) -> Iterable[Event]:

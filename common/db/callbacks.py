@@ -42,7 +42,9 @@ _APPEND_EVENTS = text(
 _CLAIM_CALLBACKS = text(
     """
     WITH picked AS (
-      SELECT d.event_id, d.shop_id FROM callback_due d WHERE d.due_at <= now()
+      SELECT d.event_id, d.shop_id FROM callback_due d
+       WHERE d.due_at <= now() - make_interval(secs => CAST(:overdue_seconds AS float8))
+         AND (CAST(:ids AS uuid[]) IS NULL OR d.event_id = ANY (CAST(:ids AS uuid[])))
        ORDER BY d.due_at LIMIT CAST(:claim_max AS int) FOR UPDATE SKIP LOCKED),
     leased AS (
       UPDATE callback_due d
@@ -121,12 +123,30 @@ class ClaimedCallback:
     webhook_secret_sealed: bytes
 
 
-async def claim_callbacks(tx: Tx, *, token: UUID, lease_seconds: float, claim_max: int) -> list[ClaimedCallback]:
-    """Take the callbacks that are due longest under a lease; what others hold is skipped.
+async def claim_callbacks(
+    tx: Tx,
+    *,
+    token: UUID,
+    lease_seconds: float,
+    claim_max: int,
+    event_ids: Sequence[UUID] | None = None,
+    overdue_seconds: float = 0.0,
+) -> list[ClaimedCallback]:
+    """Take the callbacks that are due longest under a lease, of those events or of all; what others hold is skipped.
 
+    `overdue_seconds`: how long past due a callback must be; messages have the first go.
     Locks: the due rows taken.
     """
-    rows = await tx.execute(_CLAIM_CALLBACKS, {"token": token, "lease_seconds": lease_seconds, "claim_max": claim_max})
+    rows = await tx.execute(
+        _CLAIM_CALLBACKS,
+        {
+            "token": token,
+            "lease_seconds": lease_seconds,
+            "claim_max": claim_max,
+            "ids": None if event_ids is None else list(event_ids),
+            "overdue_seconds": overdue_seconds,
+        },
+    )
     return [ClaimedCallback(**row._mapping) for row in rows]
 
 

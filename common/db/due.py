@@ -30,7 +30,8 @@ _CLAIM_DUE = text(
       SELECT p.payout_id, p.shop_id, turn.n FROM turn LEFT JOIN busy ON busy.shop_id = turn.shop_id
        CROSS JOIN LATERAL (
          SELECT d.payout_id, d.shop_id FROM payout_due d
-          WHERE d.rail = :rail AND d.shop_id = turn.shop_id AND d.due_at <= now()
+          WHERE d.rail = :rail AND d.shop_id = turn.shop_id
+            AND d.due_at <= now() - make_interval(secs => CAST(:overdue_seconds AS float8))
           ORDER BY d.due_at LIMIT greatest(CAST(:shop_max AS int) - coalesce(busy.calls, 0), 0)
           FOR UPDATE SKIP LOCKED) p
        LIMIT CAST(:claim_max AS int)),
@@ -41,6 +42,27 @@ _CLAIM_DUE = text(
       RETURNING d.payout_id, d.shop_id)
     SELECT claimed.payout_id, claimed.shop_id, visited.shop_id AS visited, visited.n AS visits
       FROM (SELECT shop_id, n FROM turn ORDER BY n DESC LIMIT 1) visited LEFT JOIN claimed ON true
+    """
+)
+
+# The same for ids that somebody told us of. The share per shop is counted after locking: what does not fit stays due.
+_CLAIM_DUE_IDS = text(
+    """
+    WITH busy AS (
+      SELECT * FROM unnest(CAST(:busy_shops AS uuid[]), CAST(:busy_counts AS int[])) AS b (shop_id, calls)),
+    locked AS (
+      SELECT d.payout_id, d.shop_id FROM payout_due d
+       WHERE d.payout_id = ANY (CAST(:ids AS uuid[])) AND d.rail = :rail AND d.due_at <= now()
+         FOR UPDATE SKIP LOCKED),
+    ranked AS (
+      SELECT l.payout_id, l.shop_id, coalesce(busy.calls, 0) + row_number() OVER (PARTITION BY l.shop_id) AS place
+        FROM locked l LEFT JOIN busy ON busy.shop_id = l.shop_id),
+    picked AS (
+      SELECT payout_id, shop_id FROM ranked WHERE place <= CAST(:shop_max AS int) LIMIT CAST(:claim_max AS int))
+    UPDATE payout_due d
+       SET lease_token = CAST(:token AS uuid), due_at = now() + make_interval(secs => CAST(:lease_seconds AS float8))
+      FROM picked WHERE d.payout_id = picked.payout_id AND d.shop_id = picked.shop_id
+    RETURNING d.payout_id, d.shop_id
     """
 )
 
@@ -107,7 +129,10 @@ _RESCHEDULE_DUE = text(
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """How much one worker may take from one rail. Counts of payouts, seconds for the lease."""
+    """How much one worker may take from one rail. Counts of payouts, seconds for the lease.
+
+    `overdue_seconds`: how long past due a payout must be; messages have the first go.
+    """
 
     rail: str
     token: UUID
@@ -115,6 +140,7 @@ class Claim:
     claim_max: int
     shop_max: int
     shops_max: int
+    overdue_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +170,7 @@ async def claim_due(tx: Tx, claim: Claim, after_shop: UUID, busy: Mapping[UUID, 
                 "claim_max": claim.claim_max,
                 "shop_max": claim.shop_max,
                 "shops_max": claim.shops_max,
+                "overdue_seconds": claim.overdue_seconds,
             },
         )
     ).all()
@@ -153,6 +180,24 @@ async def claim_due(tx: Tx, claim: Claim, after_shop: UUID, busy: Mapping[UUID, 
         return Claimed(shop_ids, max(shop_ids.values()))
     more = bool(rows) and rows[0].visits >= claim.shops_max
     return Claimed(shop_ids, rows[0].visited if more else None)
+
+
+async def claim_due_ids(tx: Tx, claim: Claim, payout_ids: Collection[UUID], busy: Mapping[UUID, int]) -> Claimed:
+    """Take those of the payouts that are due and nobody has, as `claim_due` does."""
+    rows = await tx.execute(
+        _CLAIM_DUE_IDS,
+        {
+            "rail": claim.rail,
+            "ids": list(payout_ids),
+            "busy_shops": list(busy),
+            "busy_counts": list(busy.values()),
+            "token": claim.token,
+            "lease_seconds": claim.lease_seconds,
+            "claim_max": claim.claim_max,
+            "shop_max": claim.shop_max,
+        },
+    )
+    return Claimed({row.payout_id: row.shop_id for row in rows}, None)
 
 
 async def find_rails_due(tx: Tx) -> list[str]:

@@ -13,6 +13,7 @@ from sqlalchemy.exc import ArgumentError
 from common.db.engine import Engine, create_engine
 from common.sealing import KEY_BYTES, Keyring
 from common.settings import Settings, SettingsInvalid
+from ops.apt import NO_INSTALL
 from ops.cli.errors import EXPLAINED, Refused, Unreachable, explain
 from ops.state import FOLDER, find_demo, find_or_make_keys
 
@@ -28,7 +29,7 @@ _NO_KEYS: Final = {"PAYOUTS_MASTER_KEYS": f"1:{_NO_KEY}", "PAYOUTS_CONTENT_KEY":
 
 def run_connected(work: Callable[[Engine], Awaitable[_T]], *, role: str = OPS) -> _T:
     """What `work` returns; its sessions act as `role`. Raises: `Refused`, `Unreachable`."""
-    return _run(_parse_settings(_NO_KEYS | read_environment()), role, work)
+    return _run(read_settings(), role, work)
 
 
 def run_changing(work: Callable[[Engine], Awaitable[_T]]) -> _T:
@@ -52,17 +53,23 @@ def run_explained(work: Coroutine[Any, Any, _T]) -> _T:
         raise explain(error) from error
 
 
+def read_settings() -> Settings:
+    """The settings of a command that seals and opens nothing. Raises: `Refused`."""
+    return _parse_settings(_NO_KEYS | read_environment())
+
+
 def read_environment() -> dict[str, str]:
-    """The environment; without a `DATABASE_URL`, with database and keys of the stack on this machine.
+    """The environment; without a `DATABASE_URL`, with database, broker and keys of the stack on this machine.
 
     Raises: `Refused` when there is neither, or the URL is none.
     """
-    environment = dict(os.environ)
+    environment = {name: value for name, value in os.environ.items() if name != NO_INSTALL}
     if not environment.get("DATABASE_URL"):
         demo = find_demo(FOLDER)
         if demo is None:
             raise Refused("DATABASE_URL is not set, and no stack has run on this machine (`make run` starts one)")
-        environment = {**find_or_make_keys(FOLDER), **environment, "DATABASE_URL": demo.database_url}
+        theirs = {**find_or_make_keys(FOLDER), "AMQP_URL": demo.amqp_url or ""}
+        environment = {**theirs, **environment, "DATABASE_URL": demo.database_url}
     try:
         make_url(environment["DATABASE_URL"])
     except (ArgumentError, ValueError) as error:

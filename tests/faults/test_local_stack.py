@@ -13,9 +13,12 @@ from typing import Final
 import psutil
 import pytest
 
+from ops.apt import NO_INSTALL
+from ops.broker import check_given
 from ops.demo import check_ledger, run
 from ops.local import reset_folder
 from ops.ports import choose_port
+from ops.rabbitmq import find_server
 from ops.state import Demo, find_demo
 from ops.welcome import render_curl
 
@@ -31,12 +34,14 @@ class Terminal:
         self.folder = folder
         self.port = port
         self.lines: list[str] = []
+        # What people set; nothing is installed because of a test.
+        self.environment = {NO_INSTALL: "1"}
         self._process: asyncio.subprocess.Process | None = None
 
     async def bring_up(self) -> None:
         """Start it, in a session of its own."""
         self.lines = []
-        environment = {"PATH": os.environ["PATH"], "PORT": str(self.port)}
+        environment = {"PATH": os.environ["PATH"], "PORT": str(self.port), **self.environment}
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-c",
@@ -105,7 +110,12 @@ async def run_shell(command: str) -> str:
     return output.decode()
 
 
-async def test_payouts_go_all_the_way_and_the_end_is_in_order(terminal: Terminal) -> None:
+@pytest.mark.parametrize("servers", [["RabbitMQ", "PostgreSQL"], ["PostgreSQL"]], ids=" and ".join)
+async def test_payouts_go_all_the_way_and_the_end_is_in_order(terminal: Terminal, servers: list[str]) -> None:
+    if "RabbitMQ" not in servers:
+        terminal.environment["AMQP_URL"] = ""
+    elif find_server() is None:
+        pytest.skip("no RabbitMQ on this machine")
     await terminal.bring_up()
     await terminal.read_until("ready")
     processes = terminal.processes()
@@ -120,7 +130,7 @@ async def test_payouts_go_all_the_way_and_the_end_is_in_order(terminal: Terminal
     assert (terminal.folder / "demo.json").stat().st_mode & 0o777 == 0o600
     assert await terminal.end(signal.SIGINT) == 0
     stopped = [line.split()[0] for line in terminal.lines if line.endswith("stopped")]
-    assert stopped == ["gateway-1", "gateway-2", "settle", "callbacks", "sweep", "receiver", "PostgreSQL"]
+    assert stopped == ["gateway-1", "gateway-2", "settle", "callbacks", "sweep", "receiver", *servers]
     assert not any(process.is_running() for process in processes.values())
 
 
@@ -161,6 +171,33 @@ async def test_a_part_that_dies_is_named_and_started_again(terminal: Terminal) -
 
     assert "died (SIGKILL)" in await terminal.read_until("settle")
     assert "ready again" in await terminal.read_until("settle        ready")
+
+
+async def test_a_broker_that_dies_comes_back_where_it_was(terminal: Terminal) -> None:
+    if find_server() is None:
+        pytest.skip("no RabbitMQ on this machine")
+    await terminal.bring_up()
+    await terminal.read_until("ready")
+    amqp_url = terminal.demo.amqp_url
+    assert amqp_url is not None
+
+    for process in psutil.process_iter(["name", "environ"]):
+        if "beam" in process.info["name"] and (process.info["environ"] or {}).get("HOME", "").startswith(
+            str(terminal.folder)
+        ):
+            process.kill()
+
+    await terminal.read_until("RabbitMQ      died")
+    await terminal.read_until("RabbitMQ      ready again")
+    await check_given([amqp_url])
+
+
+async def test_a_broker_that_is_set_and_does_not_answer_is_named(terminal: Terminal) -> None:
+    terminal.environment["AMQP_URL"] = f"amqp://127.0.0.1:{choose_port()}"
+
+    await terminal.bring_up()
+
+    assert "AMQP_URL is set, and cannot be used: AMQPConnectionError" in await terminal.read_until("error")
 
 
 async def test_a_taken_port_is_named(terminal: Terminal) -> None:

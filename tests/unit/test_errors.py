@@ -14,6 +14,7 @@ from common.errors import (
     InvalidRequest,
     InvariantViolated,
     PayoutsError,
+    Poison,
     Rejected,
     ShopCurrencyMismatch,
     ShopNotFound,
@@ -56,6 +57,7 @@ CONTRACT = {
     "overloaded": (503, "unavailable", "Service unavailable. Repeat the same request."),
     "account_busy": (503, "unavailable", "Service unavailable. Repeat the same request."),
     "database_unavailable": (503, "unavailable", "Service unavailable. Repeat the same request."),
+    "broker_unavailable": (503, "unavailable", "Service unavailable. Repeat the same request."),
     "database_slow": (503, "unavailable", "Service unavailable. Repeat the same request."),
 }
 
@@ -69,6 +71,8 @@ def below(family: type[PayoutsError]) -> Iterator[type[PayoutsError]]:
 
 ALL = sorted(set(below(PayoutsError)), key=lambda error: error.__name__)
 LEAVES = [error for error in ALL if not error.__subclasses__()]
+# What a caller may hear of: messages come from the broker, and nobody waits for an answer.
+ANSWERED = [error for error in LEAVES if not issubclass(error, Poison)]
 
 
 def made(error: type[PayoutsError]) -> PayoutsError:
@@ -108,11 +112,16 @@ def test_the_drawing_of_the_tree_is_the_tree() -> None:
 
 
 def test_the_families_are_four_and_every_error_belongs_to_one() -> None:
-    assert {error for error in ALL if error.__mro__[1] is PayoutsError} == {Rejected, Transient, InvariantViolated}
+    assert {error for error in ALL if error.__mro__[1] is PayoutsError} == {
+        Rejected,
+        Transient,
+        Poison,
+        InvariantViolated,
+    }
     assert issubclass(Unauthenticated, Rejected)
 
 
-@pytest.mark.parametrize("error", LEAVES)
+@pytest.mark.parametrize("error", ANSWERED)
 def test_every_leaf_has_a_row_of_the_http_table(error: type[PayoutsError]) -> None:
     row = http_error(made(error))
     assert isinstance(row, HttpError)
@@ -122,7 +131,7 @@ def test_every_leaf_has_a_row_of_the_http_table(error: type[PayoutsError]) -> No
 
 @pytest.mark.parametrize("family", list(HTTP_ERRORS))
 def test_every_row_of_the_http_table_is_reached_by_an_error(family: type[PayoutsError]) -> None:
-    assert any(http_error(made(error)) is HTTP_ERRORS[family] for error in LEAVES)
+    assert any(http_error(made(error)) is HTTP_ERRORS[family] for error in ANSWERED)
 
 
 def test_every_leaf_has_a_reason_of_its_own() -> None:
@@ -133,22 +142,22 @@ def test_every_leaf_has_a_reason_of_its_own() -> None:
 
 @pytest.mark.parametrize("reason", CONTRACT)
 def test_status_code_and_text_of_every_error_are_those_of_the_contract(reason: str) -> None:
-    error = made(next(leaf for leaf in LEAVES if leaf.reason == reason))
+    error = made(next(leaf for leaf in ANSWERED if leaf.reason == reason))
     row = http_error(error)
     assert (row.status, row.code, str(error)) == CONTRACT[reason]
 
 
 def test_every_reason_is_in_the_contract_of_this_test() -> None:
-    assert {leaf.reason for leaf in LEAVES} == CONTRACT.keys() | {"default_shop_missing"}
+    assert {leaf.reason for leaf in ANSWERED} == CONTRACT.keys() | {"default_shop_missing"}
 
 
 def test_an_unknown_or_missing_shop_has_one_coarse_code() -> None:
     codes = {
-        http_error(made(leaf)).code for leaf in LEAVES if "shop" in leaf.reason and leaf is not ShopCurrencyMismatch
+        http_error(made(leaf)).code for leaf in ANSWERED if "shop" in leaf.reason and leaf is not ShopCurrencyMismatch
     }
     assert codes == {"shop_not_found"}
 
 
-@pytest.mark.parametrize("error", LEAVES)
+@pytest.mark.parametrize("error", ANSWERED)
 def test_every_leaf_has_words_for_the_caller(error: type[PayoutsError]) -> None:
     assert str(made(error))

@@ -25,7 +25,7 @@ def refusal(**environment: str) -> str:
 
 def test_what_must_be_set_is_enough() -> None:
     settings = Settings.from_environ(GOOD)
-    assert (settings.database_url, settings.amqp_url, settings.port) == (GOOD["DATABASE_URL"], None, 8080)
+    assert (settings.database_url, settings.amqp_urls, settings.port) == (GOOD["DATABASE_URL"], (), 8080)
     assert settings.keyring.current_id == 1
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from time import monotonic
@@ -26,11 +26,16 @@ from common.db.engine import Engine, Tx, in_transaction
 from common.domain.ids import EVENT, render_id
 from common.domain.schedule import callback_delay
 from common.log import LogEvent, get_logger
+from common.messaging.codec import WorkMessage
 from common.process import end_tasks
 from common.sealing import WEBHOOK_SECRET_PURPOSE, Keyring, SealBroken
 from common.settings import Settings
 from worker.callbacks.send import Attempt, render_headers, send_callback
 
+# With messages, the scan only takes what has been due for so long: what messages did not bring.
+OVERDUE_SECONDS: Final = 1.0
+
+_CLAIM_MAX: Final = 64
 _RECORD_BATCH_MAX: Final = 64
 # Longer than other transactions: an attempt that is not recorded is made again.
 _RECORD_ATTEMPTS_MAX: Final = 20
@@ -48,38 +53,77 @@ class Ended:
 
 
 class Deliverer:
-    """Sends callbacks until told to stop."""
+    """Sends callbacks until told to stop: those it is told of, and those it finds overdue.
 
-    def __init__(self, engine: Engine, keyring: Keyring, session: ClientSession, settings: Settings) -> None:
+    `messages_arrive` says whether somebody tells it; then the scan leaves callbacks alone until they are overdue.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        keyring: Keyring,
+        session: ClientSession,
+        settings: Settings,
+        *,
+        messages_arrive: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._engine = engine
         self._keyring = keyring
         self._session = session
         self._settings = settings
+        self._messages_arrive = messages_arrive
         self._sends: set[asyncio.Task[None]] = set()
+        self._send_ended = asyncio.Event()
         self._records: Batcher[Ended, None] = Batcher(self._record, batch_max=_RECORD_BATCH_MAX)
 
     async def run_round(self) -> bool:
-        """Claim what is due and start sending it. Returns whether there was anything."""
+        """Look for due callbacks and start sending them. Returns whether there was anything."""
+        overdue_seconds = OVERDUE_SECONDS if self._messages_arrive() else 0.0
+        return self._room() > 0 and await self._claim(overdue_seconds=overdue_seconds)
+
+    async def claim_messages(self, messages: Sequence[WorkMessage]) -> None:
+        """Claim what messages tell of and start sending it; waits for room. What another has, or does not fit, is left.
+
+        Raises: `Transient`; then nothing, or only a part, was claimed, and it may be called again.
+        """
+        ids = [event_id for message in messages for event_id in message.ids]
+        for first in range(0, len(ids), _CLAIM_MAX):
+            chunk = ids[first : first + _CLAIM_MAX]
+            while self._room() < min(len(chunk), self._settings.callback_concurrency):
+                self._send_ended.clear()
+                await self._send_ended.wait()
+            await self._claim(event_ids=chunk)
+
+    async def drain(self, deadline_seconds: float) -> None:
+        """Let attempts that are under way end and be recorded, for at most that long; leases take care of the rest."""
+        await end_tasks(self._sends, deadline_seconds)
+
+    def _room(self) -> int:
+        return self._settings.callback_concurrency - len(self._sends)
+
+    async def _claim(self, *, event_ids: Sequence[UUID] | None = None, overdue_seconds: float = 0.0) -> bool:
         settings = self._settings
-        free = settings.callback_concurrency - len(self._sends)
-        if free <= 0:
-            return False
         token, start_until = uuid4(), monotonic() + settings.callback_lease_seconds - settings.callback_timeout_seconds
         claimed = await in_transaction(
             self._engine,
             lambda tx: claim_callbacks(
-                tx, token=token, lease_seconds=settings.callback_lease_seconds, claim_max=min(free, _RECORD_BATCH_MAX)
+                tx,
+                token=token,
+                lease_seconds=settings.callback_lease_seconds,
+                claim_max=min(self._room(), _CLAIM_MAX),
+                event_ids=event_ids,
+                overdue_seconds=overdue_seconds,
             ),
         )
         for callback in claimed:
             task = asyncio.create_task(self._deliver(callback, token, start_until))
             self._sends.add(task)
-            task.add_done_callback(self._sends.discard)
+            task.add_done_callback(self._end)
         return bool(claimed)
 
-    async def drain(self, deadline_seconds: float) -> None:
-        """Let attempts that are under way end and be recorded, for at most that long; leases take care of the rest."""
-        await end_tasks(self._sends, deadline_seconds)
+    def _end(self, task: "asyncio.Task[None]") -> None:
+        self._sends.discard(task)
+        self._send_ended.set()
 
     async def _deliver(self, callback: ClaimedCallback, token: UUID, start_until: float) -> None:
         event = render_id(EVENT, callback.event_id)

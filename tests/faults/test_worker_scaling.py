@@ -1,0 +1,146 @@
+"""Workers come and go: drained, killed by a second signal, hung, many and few. Nothing is lost, nothing is parked."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from time import monotonic
+
+import pytest
+
+from common.messaging.topology import Work
+from tests.broker import Broker
+from tests.factories import fetch
+from tests.faults.amqp_proxy import CONNECTION_CLOSE, DELIVER, START_OK, Way, amqp_proxy
+from tests.faults.scene import LAG_SECONDS_MAX, SHORT_LEASES, Scene, scene
+from tests.stack import Process, eventually, http_status
+
+SILENT = "01712340201"
+
+
+@pytest.fixture
+async def stage(database_url: str, broker: Broker, amqp_prefix: str) -> AsyncIterator[Scene]:
+    async with scene(database_url, broker, amqp_prefix, **SHORT_LEASES) as there:
+        yield there
+
+
+async def a_call_hangs(stage: Scene) -> None:
+    async def sending() -> bool:
+        return bool(await fetch(stage.owner, "SELECT 1 FROM payouts WHERE state = 'sending'"))
+
+    await eventually(sending, "a call is under way")
+
+
+async def is_leaving(worker: Process) -> None:
+    async def leaving() -> bool:
+        return await http_status(f"http://127.0.0.1:{worker.admin_port}/readyz") == 503
+
+    await eventually(leaving, "the worker is about to leave")
+
+
+async def test_leaves_in_order_under_load(stage: Scene) -> None:
+    """Fault: SIGTERM to a worker that is full of messages; another one is there."""
+    async with amqp_proxy(stage.broker.url) as proxy:
+        gateway = await stage.start("gateway")
+        leaving = await stage.start("worker", "all", AMQP_URL=proxy.url, PAYOUTS_DRAIN_SECONDS="10")
+        await stage.wait_connected(gateway, leaving)
+        async with stage.load(per_second=150):
+            await stage.answered(200)
+            staying = await stage.start("worker", "all")
+            began = monotonic()
+            assert await leaving.stop() == 0
+            assert monotonic() - began < 10
+            await stage.answered(100)
+        assert proxy.counts[Way.UP, CONNECTION_CLOSE] == 3
+        assert proxy.counts[Way.DOWN, DELIVER] > 0
+        assert proxy.unacknowledged == 0, "a message was neither acknowledged nor handed back"
+        assert proxy.unconfirmed == 0
+        assert proxy.foreign_acks == []
+        assert proxy.closes == []
+    await stage.assert_work_flows(gateway, staying)
+    assert await stage.worst_lag() <= LAG_SECONDS_MAX
+    await stage.assert_all_well()
+
+
+async def test_leaves_within_its_deadline_when_a_call_hangs(stage: Scene) -> None:
+    """Fault: SIGTERM while a rail keeps silent for longer than the worker may take to leave."""
+    hanging = {"PAYOUTS_RAIL_TIMEOUT_SECONDS": "8", "PAYOUTS_SETTLE_LEASE_SECONDS": "13", "PAYOUTS_DRAIN_SECONDS": "2"}
+    async with amqp_proxy(stage.broker.url) as proxy:
+        gateway = await stage.start("gateway")
+        worker = await stage.start("worker", "all", AMQP_URL=proxy.url, **hanging)
+        await stage.assert_work_flows(gateway, worker)
+        await stage.create(1, card_number=SILENT)
+        await a_call_hangs(stage)
+        connections = proxy.counts[Way.UP, START_OK]
+        began = monotonic()
+        assert await worker.stop() == 0
+        assert monotonic() - began < 4
+        assert proxy.counts[Way.UP, START_OK] == connections, "it came back for more while it was leaving"
+    await _others_take_over(stage, gateway)
+
+
+async def test_takes_no_message_any_more_while_it_leaves(stage: Scene) -> None:
+    """Fault: messages come while a worker waits for a last call; the broker drops what was given back too often."""
+    hanging = {"PAYOUTS_RAIL_TIMEOUT_SECONDS": "8", "PAYOUTS_SETTLE_LEASE_SECONDS": "13", "PAYOUTS_DRAIN_SECONDS": "4"}
+    gateway = await stage.start("gateway")
+    worker = await stage.start("worker", "all", **hanging)
+    await stage.assert_work_flows(gateway, worker)
+    async with stage.delivery_limit(5):
+        await stage.create(1, card_number=SILENT)
+        await a_call_hangs(stage)
+        confirmed = await stage.published(gateway, "confirmed")
+        exit_code = asyncio.create_task(worker.stop())
+        await is_leaving(worker)
+        await stage.create(30)
+        assert await exit_code == 0
+        waiting = await stage.published(gateway, "confirmed") - confirmed
+        assert waiting >= 30
+
+        async def all_wait() -> bool:
+            return (await stage.depths())[stage.topology.queue(Work.SETTLE, 0)] == (waiting, 0)
+
+        await eventually(all_wait, "the messages wait for another worker", 10)
+    await _others_take_over(stage, gateway)
+
+
+async def test_leaves_at_once_at_the_second_signal(stage: Scene) -> None:
+    """Fault: SIGTERM twice, the second one while the worker waits for a rail."""
+    gateway, worker = await stage.start_all(PAYOUTS_RAIL_TIMEOUT_SECONDS="20", PAYOUTS_SETTLE_LEASE_SECONDS="30")
+    await stage.create(1, card_number=SILENT)
+    await a_call_hangs(stage)
+    worker.send(signal.SIGTERM)
+    await is_leaving(worker)
+    began = monotonic()
+    assert await worker.stop() == -signal.SIGTERM
+    assert monotonic() - began < 1
+    await _others_take_over(stage, gateway)
+
+
+async def test_loses_nothing_while_workers_come_and_go(stage: Scene) -> None:
+    """Fault: one worker becomes four and one again, ten times, under load."""
+    async with amqp_proxy(stage.broker.url) as proxy:
+        gateway, worker = await stage.start_all(AMQP_URL=proxy.url)
+        async with stage.load(per_second=40):
+            for _ in range(10):
+                more = [await stage.stack.launch("worker", "settle", AMQP_URL=proxy.url) for _ in range(3)]
+                await asyncio.gather(*(process.wait_ready() for process in more))
+                await stage.wait_connected(*more)
+                await stage.answered(10)
+                assert await asyncio.gather(*(process.stop() for process in more)) == [0, 0, 0]
+        await stage.assert_work_flows(gateway, worker)
+
+        async def one_consumer() -> bool:
+            return (await stage.depths())[stage.topology.queue(Work.SETTLE, 0)] == (0, 1)
+
+        await eventually(one_consumer, "the queue has one consumer")
+        assert await stage.worst_lag() <= LAG_SECONDS_MAX
+        assert proxy.foreign_acks == []
+        assert proxy.closes == []
+        await stage.assert_all_well()
+
+
+async def _others_take_over(stage: Scene, gateway: Process) -> None:
+    """Nobody alive has a lease: let it run out, and a new worker come."""
+    await stage.travel()
+    worker = await stage.start("worker", "all")
+    await stage.assert_work_flows(gateway, worker)
+    await stage.assert_all_well()
