@@ -1,7 +1,7 @@
 """`payouts`: the command line of operators.
 
 Each command is one function in the module of its subject. What it prints goes to stdout, what went wrong to stderr in one
-line. Exit codes: 0 done · 1 a check failed · 2 refused · 3 the database cannot be reached.
+line. Exit codes: 0 done · 1 a check failed · 2 refused · 3 the database or the broker cannot be reached.
 """
 
 import re
@@ -14,7 +14,9 @@ import click
 from ops.cli.balance import balance_group
 from ops.cli.callbacks import callbacks_group
 from ops.cli.database import migrate_command, verify_command
+from ops.cli.doctor import doctor_command
 from ops.cli.errors import Refused
+from ops.cli.parked import parked_group
 from ops.cli.parties import key_group, merchant_group, shop_group
 from ops.cli.payouts import payout_group
 from ops.cli.sign import sign_command
@@ -30,6 +32,8 @@ _COMMANDS: Final = (
     balance_group,
     payout_group,
     callbacks_group,
+    parked_group,
+    doctor_command,
     verify_command,
     migrate_command,
     sign_command,
@@ -40,8 +44,8 @@ _COMMANDS: Final = (
 def cli() -> None:
     """Merchants, money, payouts and callbacks, for operators.
 
-    The database is the one of DATABASE_URL, else that of the stack on this machine. Every change is written down with its
-    actor. Exit codes: 0 done, 1 a check failed, 2 refused, 3 the database cannot be reached.
+    Database and broker are those of DATABASE_URL and AMQP_URL, else of the stack on this machine. Every change is written
+    down with its actor. Exit codes: 0 done, 1 a check failed, 2 refused, 3 the database or the broker cannot be reached.
     """
 
 

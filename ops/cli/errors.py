@@ -23,7 +23,7 @@ class Refused(click.ClickException):
 
 
 class Unreachable(click.ClickException):
-    """There is no way into the database."""
+    """There is no way into the database, or to the broker."""
 
     exit_code = 3
 

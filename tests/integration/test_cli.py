@@ -1,23 +1,21 @@
 """What operators type, what they are shown, and what is written down about it."""
 
-import asyncio
 import json
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any, Final
+from typing import Final
 from uuid import UUID, uuid4
 
 import click
 import pytest
-from click.testing import CliRunner
 from sqlalchemy.engine import make_url
 
 from common.db.callbacks import claim_callbacks
@@ -28,12 +26,13 @@ from common.domain.ids import EVENT, PAYOUT, new_id, render_id
 from common.domain.signing import sign_v1
 from common.sealing import API_KEY_PURPOSE
 from migrations.run import newest_revision
-from ops.cli import cli, run
+from ops.cli import cli
 from ops.state import Demo, find_or_make_keys, save_demo
 from tests.conftest import Server
 from tests.factories import environment, execute, fetch
 from tests.faults.proxy import CommitFault, proxy
 from tests.flows import Desk, desk
+from tests.terminal import Terminal
 from worker.callbacks.deliver import Ended as EndedCallback
 from worker.callbacks.deliver import record_attempts
 from worker.callbacks.send import Attempt
@@ -41,50 +40,6 @@ from worker.callbacks.send import Attempt
 RECIPIENT: Final = "01798765432"
 URL: Final = "http://127.0.0.1:9/hook"
 AS_ALICE: Final = ("--actor", "alice")
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        """The one JSON document on stdout."""
-        assert (self.code, self.err) == (0, "")
-        return json.loads(self.out)
-
-    def assert_shown(self, *words: str) -> None:
-        """It went well, and a person can read these words."""
-        assert (self.code, self.err) == (0, "")
-        assert [word for word in words if word not in self.out] == []
-
-    def assert_refused(self, *words: str, code: int = 2) -> None:
-        """It ended with that code, nothing on stdout, and one line on stderr that has these words."""
-        assert (self.code, self.out, self.err.count("\n")) == (code, "", 1), self
-        assert [word for word in words if word not in self.err] == []
-
-
-class Terminal:
-    """Somebody at a terminal, in an environment."""
-
-    def __init__(self, environ: dict[str, str]) -> None:
-        inherited = {name: None for name in os.environ if name.startswith("PAYOUTS_")}
-        self._environ = {**inherited, "DATABASE_URL": None, "SUDO_USER": None, "API_SECRET": None, **environ}
-
-    async def run(self, *arguments: object, typed: str = "") -> Ended:
-        """Run one command to its end; `typed` is what it can read."""
-        return await asyncio.to_thread(self._run, [str(argument) for argument in arguments], typed)
-
-    def _run(self, arguments: list[str], typed: str) -> Ended:
-        with CliRunner().isolation(input=typed, env=self._environ) as (out, err, _):
-            code = run(arguments)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            return Ended(code, out.getvalue().decode(), err.getvalue().decode())
 
 
 @pytest.fixture
@@ -159,8 +114,10 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "key revoke",
         "balance topup",
         "callbacks resend",
+        "parked replay",
+        "parked drop",
     }
-    assert asks_reason == {"balance topup", "callbacks resend"}
+    assert asks_reason == {"balance topup", "callbacks resend", "parked replay", "parked drop"}
 
 
 @pytest.mark.parametrize("words", [words for words, _ in commands()])
@@ -192,6 +149,10 @@ async def test_no_command_at_all_shows_what_there_is() -> None:
         (["payout", "show", "PAY-1", "--shop", "dhaka"], ["MERCHANT/SHOP"]),
         (["callbacks", "resend", "PAY-1", "--reason", "x"], ["not the id of an event"]),
         (["callbacks", "list", "--shop", "acme/dhaka"], ["--payout"]),
+        (["parked", "drop", "--reason", "x"], ["--all"]),
+        (["parked", "drop", "some-id", "--all", "--reason", "x"], ["--all"]),
+        (["parked", "replay", "--all"], ["--reason"]),
+        (["parked", "list"], ["AMQP_URL is not set"]),
         (["sign", "GET", "api"], ["/"]),
         (["sign", "GET", "/a b"], ["percent-encoded"]),
         (["sign", "DELETE", "/a"], ["DELETE"]),

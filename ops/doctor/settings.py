@@ -1,0 +1,58 @@
+"""Relations between settings that are wise. Those that must hold are refused at every start."""
+
+from collections.abc import Iterator
+from ipaddress import ip_address
+
+from yarl import URL
+
+from common.settings import Settings
+from ops.doctor import Finding, Verdict, good_if
+
+
+def check_settings(settings: Settings) -> Iterator[Finding]:
+    """What the settings of this process have to do with each other."""
+    yield Finding("settings", Verdict.GOOD, "readable, and without contradictions")
+    yield good_if(
+        settings.drain_seconds >= settings.rail_timeout_seconds,
+        "leaving",
+        f"a worker has {settings.drain_seconds:g} s to leave, a call to a rail {settings.rail_timeout_seconds:g} s",
+        "calls that are cut off wait for a look-up: PAYOUTS_DRAIN_SECONDS of at least PAYOUTS_RAIL_TIMEOUT_SECONDS",
+    )
+    yield good_if(
+        settings.settle_shop_concurrency <= settings.settle_concurrency,
+        "share per shop",
+        f"{settings.settle_shop_concurrency} of {settings.settle_concurrency} calls",
+        "one shop can take all: PAYOUTS_SETTLE_SHOP_CONCURRENCY below PAYOUTS_SETTLE_CONCURRENCY",
+    )
+    yield good_if(
+        settings.database_lock_timeout_seconds < settings.database_statement_timeout_seconds,
+        "database time-outs",
+        f"{settings.database_lock_timeout_seconds:g} s for a lock, {settings.database_statement_timeout_seconds:g} s"
+        " for a statement",
+        "a lock that cannot be had is taken for a slow database: PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS below the other",
+    )
+    yield good_if(
+        not settings.callback_private_addresses,
+        "callback addresses",
+        "private ones are allowed" if settings.callback_private_addresses else "public ones alone",
+        "merchants reach what is inside your network: PAYOUTS_CALLBACK_PRIVATE_ADDRESSES=0 in production",
+    )
+    plain = [host for url in settings.amqp_urls if (host := _plain_host(url)) is not None]
+    if settings.amqp_urls:
+        yield good_if(
+            not plain,
+            "way to the broker",
+            f"unencrypted to {', '.join(plain)}" if plain else "encrypted, or on this machine",
+            "amqps:// across a network that you do not trust",
+        )
+
+
+def _plain_host(url: str) -> str | None:
+    """The host that a URL reaches unencrypted over a network."""
+    parsed = URL(url)
+    host = parsed.host or "localhost"
+    try:
+        local = host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    return host if parsed.scheme == "amqp" and not local else None
