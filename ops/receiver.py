@@ -30,8 +30,14 @@ class Memory:
         self._callbacks: OrderedDict[str, list[dict[str, Any]]] = OrderedDict()
 
     def record(self, event_id: str, body: dict[str, Any], *, verified: bool) -> None:
-        """Remember a callback."""
-        seen = {"event": event_id, "verified": verified, "type": body.get("type"), "sequence": body.get("sequence")}
+        """Remember a callback, and when it came, in Unix seconds."""
+        seen = {
+            "event": event_id,
+            "verified": verified,
+            "type": body.get("type"),
+            "sequence": body.get("sequence"),
+            "received_at": time.time(),
+        }
         self._callbacks.setdefault(str(body.get("external_id")), []).append(seen)
         if len(self._callbacks) > _PAYOUTS_MAX:
             self._callbacks.popitem(last=False)
