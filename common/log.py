@@ -32,6 +32,8 @@ class LogEvent(StrEnum):
     MESSAGE_RETURNED = "message.returned"
     MESSAGE_REFUSED = "message.refused"
     MESSAGE_PARKED = "message.parked"
+    MESSAGE_CLAIMED = "message.claimed"
+    TOPOLOGY_UNREPAIRED = "topology.unrepaired"
     ROUND_FAILED = "round.failed"
 
 
@@ -68,6 +70,9 @@ def configure_logging(log_format: str, **bound: str) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    for name in ("aio_pika", "aiormq"):
+        # What becomes of a connection is told by our own events, once; these tell it with tracebacks, several times.
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(**bound)
 

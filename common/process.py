@@ -3,7 +3,10 @@
 import asyncio
 import signal
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Final
+
+# For what does not end even when it is cancelled: it shall not keep the process from ending.
+_CANCEL_SECONDS: Final = 5.0
 
 
 def stop_requested() -> asyncio.Event:
@@ -22,11 +25,11 @@ def stop_requested() -> asyncio.Event:
 
 
 async def end_tasks(tasks: Collection["asyncio.Task[Any]"], deadline_seconds: float) -> None:
-    """Let tasks end by themselves for that long; then cancel what is left, and wait until it is gone."""
+    """Let tasks end by themselves for that long; then cancel what is left, and wait a moment until it is gone."""
     left = set(tasks)
     if left:
         _, left = await asyncio.wait(left, timeout=deadline_seconds)
     for task in left:
         task.cancel()
     if left:
-        await asyncio.wait(left)
+        await asyncio.wait(left, timeout=_CANCEL_SECONDS)

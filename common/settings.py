@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
+from yarl import URL
+
 from common.sealing import KEY_BYTES, Keyring
 
 _PREFIX: Final = "PAYOUTS_"
@@ -77,9 +79,17 @@ def _switch(text: str) -> bool:
 
 def _hosts(text: str) -> tuple[str, ...]:
     urls = tuple(url.strip() for url in text.split(",") if url.strip())
-    if not all(url.startswith(("amqp://", "amqps://")) for url in urls):
-        raise _Nonsense("must be amqp://… or amqps://…, several by commas")
+    if not all(map(_is_broker, urls)):
+        raise _Nonsense("must be amqp://HOST… or amqps://HOST…, several by commas")
     return urls
+
+
+def _is_broker(text: str) -> bool:
+    try:
+        url = URL(text)
+    except ValueError:
+        return False
+    return url.scheme in ("amqp", "amqps") and bool(url.host)
 
 
 def _queue_prefix(text: str) -> str:
@@ -258,7 +268,10 @@ class Settings:
         "PAYOUTS_RAIL_TIMEOUT_SECONDS", _decimal(0.1, 600), "20", "for one call to a rail; then the outcome is unknown"
     )
     scan_interval_seconds: float = _setting(
-        "PAYOUTS_SCAN_INTERVAL_SECONDS", _decimal(0.005, 60), "0.02", "between looks for due work when there was none"
+        "PAYOUTS_SCAN_INTERVAL_SECONDS",
+        _decimal(0.005, 60),
+        "0.02",
+        "between looks for due work when there was none and no messages arrive",
     )
     sandbox_settle_seconds: float = _setting(
         "PAYOUTS_SANDBOX_SETTLE_SECONDS", _decimal(0, 3600), "60", "from `submitted` to success for recipient 0001"

@@ -207,12 +207,12 @@ class Acceptor:
         busy = []
         orders = [waiting.order for waiting in batch]
         verdicts = await flush_by_halves(decide, orders)
-        self._tell([order for order, verdict in zip(orders, verdicts, strict=True) if _is_new(verdict)])
         for waiting, verdict in zip(batch, verdicts, strict=True):
             if verdict is None or isinstance(verdict, AccountBusy):
                 busy.append(waiting)
             else:
                 settle_future(waiting.future, _ours(verdict, waiting.order))
+        self._tell([order for order, verdict in zip(orders, verdicts, strict=True) if _is_new(verdict)])
         return busy
 
 

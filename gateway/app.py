@@ -114,7 +114,7 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
             batch_max=settings.accept_batch_max,
             queue_max=settings.accept_queue_max,
             wait_seconds=settings.accept_wait_seconds_max,
-            tell=partial(_tell, publisher),
+            tell=partial(_tell, publisher) if settings.amqp_urls else lambda _: None,
         )
         # The broker may come later, or never: accepting does not need it.
         links = [Link("publish", settings.amqp_urls, publisher.session)] if settings.amqp_urls else []

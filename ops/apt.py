@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +24,7 @@ _POLICY: Final = Path("/usr/sbin/policy-rc.d")
 _EARLIER_POLICY: Final = Path("/usr/sbin/policy-rc.d.before-payouts")
 _POLICY_TEXT: Final = f"""\
 #!/bin/sh
-# While {PACKAGE} is being installed for a private node, neither it nor epmd may start as a service. Goes away by itself.
+# While {PACKAGE} is being installed for a private node, neither it nor epmd may start as a service. Removed when that is done.
 case "$*" in *{PACKAGE}*|*epmd*) exit 101 ;; esac
 if [ -x {_EARLIER_POLICY} ]; then exec {_EARLIER_POLICY} "$@"; fi
 exit 0
@@ -48,7 +48,9 @@ def install() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         wanted = {unit for unit in _OUR_UNITS if _is_wanted(unit)}
         with _no_services():
-            _run("apt-get", "-q", "update")
+            # A source of somebody else's that is away need not matter: the install will tell.
+            with suppress(ServerFailed):
+                _run("apt-get", "-q", "update")
             _run("apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=120", "install", "--no-install-recommends", PACKAGE)
         if f"{PACKAGE}.service" not in wanted:
             _run("update-rc.d", PACKAGE, "disable")

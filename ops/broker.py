@@ -12,6 +12,7 @@ from typing import Final
 import aio_pika
 from aio_pika.abc import AbstractConnection
 from aio_pika.exceptions import AMQPError
+from yarl import URL
 
 from ops import apt
 from ops.processes import Say
@@ -22,6 +23,7 @@ from ops.state import CHECKOUT
 NAME: Final = "RabbitMQ"
 _DEFINITIONS: Final = CHECKOUT / "deploy" / "rabbitmq" / "definitions.json"
 _CONNECT_SECONDS: Final = 5.0
+_HEARTBEAT_SECONDS: Final = 5
 
 # What connecting may raise: aiormq raises `RuntimeError` when the peer hangs up in the middle of it, `ValueError` for a URL.
 CONNECT_ERRORS: Final = (AMQPError, OSError, TimeoutError, RuntimeError, ValueError)
@@ -35,7 +37,7 @@ async def connect(url: str) -> AbstractConnection:
     """A connection to this host. Raises: one of `CONNECT_ERRORS`."""
     # It says all this again, on its own; the caller says it.
     logging.getLogger("aiormq").addHandler(logging.NullHandler())
-    return await aio_pika.connect(url, timeout=_CONNECT_SECONDS)
+    return await aio_pika.connect(URL(url).update_query(heartbeat=_HEARTBEAT_SECONDS), timeout=_CONNECT_SECONDS)
 
 
 def name_error(error: BaseException) -> str:

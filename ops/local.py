@@ -227,7 +227,7 @@ async def _run_until_signal(stack: Stack) -> None:
 
 
 def reset_folder(folder: Path) -> None:
-    """Forget a stack that does not run: its database, keys, logs. Raises: `InUse`."""
+    """Forget a stack that does not run: its database, broker, keys, logs. Raises: `InUse`."""
     if not folder.exists():
         return
     with in_use(folder):
@@ -258,12 +258,12 @@ def up() -> None:
 
 @main.command()
 def reset() -> None:
-    """Forget everything: the database of this checkout, keys, logs."""
+    """Forget everything: the database and the broker of this checkout, keys, logs."""
     try:
         reset_folder(FOLDER)
     except _REPORTED as failure:
         sys.exit(f"error: {failure}")
-    say("reset", "everything here is forgotten; a database of DATABASE_URL is left alone")
+    say("reset", "everything here is forgotten; those of DATABASE_URL and AMQP_URL are left alone")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final, NoReturn, Protocol
+from typing import Any, Final, NoReturn, Protocol
 from uuid import uuid4
 
 import aio_pika
@@ -58,6 +58,20 @@ class ForeignBroker:
 
     def ctl(self, *arguments: str) -> str:
         pytest.skip(f"rabbitmqctl {arguments[0]} needs a node of our own")
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerBroker:
+    """A broker of this session's in Docker. `container`: of testcontainers."""
+
+    url: str
+    container: Any
+
+    def ctl(self, *arguments: str) -> str:
+        code, output = self.container.exec(["rabbitmqctl", "--quiet", *arguments])
+        if code:
+            raise ServerFailed(f"rabbitmqctl {arguments[0]} failed: {output.decode(errors='replace')}")
+        return str(output.decode())
 
 
 @pytest.fixture(scope="session")
@@ -148,7 +162,7 @@ def _start_container(stack: ExitStack) -> Broker | None:
     container.waiting_for(LogMessageWaitStrategy("Server startup complete"))
     stack.enter_context(container)
     host, port = container.get_container_host_ip(), container.get_exposed_port(_PORT)
-    return ForeignBroker(f"amqp://payouts:{password}@{host}:{port}/")
+    return ContainerBroker(f"amqp://payouts:{password}@{host}:{port}/", container)
 
 
 def _engine_answers() -> bool:

@@ -1,10 +1,11 @@
 """The worker's composition root: its roles, each a loop of rounds, and the life of what they use."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack, suppress
 from time import monotonic
 from typing import Final, Protocol
+from uuid import UUID
 
 from common.admin import Readiness, admin_server
 from common.db.engine import Engine, create_engine
@@ -19,14 +20,13 @@ from common.settings import Settings
 from worker.callbacks.deliver import Deliverer
 from worker.callbacks.send import open_session
 from worker.rails.sandbox import SandboxRail
+from worker.scanning import REST_SECONDS
 from worker.settlement import Settler
 from worker.sweep import INTERVAL_SECONDS, Sweeper
 
 ROLES: Final = ("settle", "callbacks", "sweep")
 
 _FAILED_ROUND_SECONDS: Final = 1.0
-# With messages, the scan only looks for what they did not bring.
-_SCAN_BESIDE_MESSAGES_SECONDS: Final = 0.25
 
 
 class Role(Protocol):
@@ -34,6 +34,9 @@ class Role(Protocol):
 
     async def run_round(self) -> bool:
         """Do what is there to do now; True: ask again at once."""
+
+    def leave(self) -> None:
+        """Begin nothing more."""
 
     async def drain(self, deadline_seconds: float) -> None:
         """Let what is under way end, for at most that long."""
@@ -60,7 +63,7 @@ class Worker:
                 {"sandbox": SandboxRail(engine, settle_seconds=settings.sandbox_settle_seconds)},
                 settings,
                 messages_arrive=lambda: self._arrive(Work.SETTLE),
-                tell=lambda events: self._publisher.offer(Work.CALLBACK, events),
+                tell=self._tell,
             )
             self.roles["settle"] = settler
             self._consumers[Work.SETTLE] = Consumer(
@@ -93,21 +96,30 @@ class Worker:
         if role == "sweep":
             return INTERVAL_SECONDS
         work = Work.SETTLE if role == "settle" else Work.CALLBACK
-        return _SCAN_BESIDE_MESSAGES_SECONDS if self._arrive(work) else self._settings.scan_interval_seconds
+        return REST_SECONDS if self._arrive(work) else self._settings.scan_interval_seconds
 
-    async def drain(self) -> None:
+    async def drain(self, rounds: "Collection[asyncio.Task[None]]") -> None:
         """Hand back what has not begun and finish the rest, within the deadline."""
         ends_at = monotonic() + self._settings.drain_seconds
 
         def left() -> float:
             return max(0.0, ends_at - monotonic())
 
+        for role in self.roles.values():
+            role.leave()
+        for consumer in self._consumers.values():
+            consumer.stop()
+        await end_tasks(rounds, left())
         await asyncio.gather(*(consumer.drain(left()) for consumer in self._consumers.values()))
         await asyncio.gather(*(role.drain(left()) for role in self.roles.values()))
         await self._publisher.drain(left())
 
     def _arrive(self, work: Work) -> bool:
-        return self._consumers[work].connected
+        return self._consumers[work].consuming
+
+    def _tell(self, events: Sequence[tuple[UUID, UUID]]) -> None:
+        if self._settings.amqp_urls:
+            self._publisher.offer(Work.CALLBACK, events)
 
 
 async def run_worker(settings: Settings, roles: Sequence[str], *, schema_revision: str) -> None:
@@ -132,12 +144,10 @@ async def run_worker(settings: Settings, roles: Sequence[str], *, schema_revisio
         links = [] if stop.is_set() else worker.links()
         readiness.watch(links)
         keeping = [asyncio.create_task(link.run()) for link in links]
-        async with asyncio.TaskGroup() as loops:
-            for name, role in worker.roles.items():
-                loops.create_task(_run_rounds(name, role, worker, stop))
-            await stop.wait()
-            readiness.leave()
-        await worker.drain()
+        rounds = [asyncio.create_task(_run_rounds(name, role, worker, stop)) for name, role in worker.roles.items()]
+        await stop.wait()
+        readiness.leave()
+        await worker.drain(rounds)
         await end_tasks(keeping, 0)
     get_logger().info(LogEvent.PROCESS_STOPPED)
 

@@ -50,9 +50,7 @@ from common.sealing import Keyring, SealBroken
 from common.settings import Settings
 from worker.conclusions import LOOK_UP, SUBMIT, Call, Conclusion, Ended, conclude, note_contradiction, sane
 from worker.rails import Answer, Outcome, PaymentOrder, Rail, Rails
-
-# With messages, the scan only takes what has been due for so long: what messages did not bring.
-OVERDUE_SECONDS: Final = 1.0
+from worker.scanning import OVERDUE_SECONDS
 
 Tell = Callable[[Sequence[tuple[UUID, UUID]]], None]
 
@@ -88,6 +86,11 @@ class Settler:
         self._messages_arrive = messages_arrive
         self._tell = tell
         self._call_ended = asyncio.Event()
+        # Messages told of payouts that did not fit: the scan takes them without waiting until they are overdue.
+        self._left_behind = False
+        self._leaving = False
+        # One claim at a time of each rail, so that each knows how much room there is.
+        self._claiming = {rail: asyncio.Lock() for rail in rails}
         self._engine = engine
         self._keyring = keyring
         self._rails = rails
@@ -103,36 +106,54 @@ class Settler:
 
     async def run_round(self) -> bool:
         """Claim what is due and start its calls. Returns whether there was anything."""
-        claimed = [await self._claim(name, rail) for name, rail in self._rails.items()]
+        if self._leaving:
+            return False
+        behind, self._left_behind = self._left_behind, False
+        overdue_seconds = OVERDUE_SECONDS if self._messages_arrive() and not behind else 0.0
+        claimed = [await self._claim(name, rail, overdue_seconds) for name, rail in self._rails.items()]
+        self._left_behind = self._left_behind or (behind and any(claimed))
         if monotonic() >= self._no_route_at:
             self._no_route_at = monotonic() + _NO_ROUTE_SECONDS
             await self._fail_without_route()
         return any(claimed)
 
-    async def claim_messages(self, messages: Sequence[WorkMessage]) -> None:
-        """Claim what messages tell of and start its calls; waits for room. What another has, or does not fit, is left.
+    async def claim_messages(self, messages: Sequence[WorkMessage]) -> bool:
+        """Claim what messages tell of and start its calls, as room comes; False when it was given up, since we leave.
 
+        What another has is left, and what does not fit into a shop's share: the scan takes it.
         Raises: `Transient`; then nothing, or only a part, was claimed, and it may be called again.
         """
         ids = [payout_id for message in messages for payout_id in message.ids]
-        size = min(self._settings.settle_batch_max, self._settings.settle_concurrency)
         for name, rail in self._rails.items():
-            for chunk in (ids[first : first + size] for first in range(0, len(ids), size)):
-                while self._room(name) < len(chunk):
+            first = 0
+            while first < len(ids):
+                while self._room(name) <= 0 and not self._leaving:
                     self._call_ended.clear()
                     await self._call_ended.wait()
-                await self._take(name, rail, payout_ids=chunk)
+                if self._leaving:
+                    return False
+                size = min(self._room(name), self._settings.settle_batch_max)
+                claimed = await self._take(name, rail, payout_ids=ids[first : first + size])
+                if claimed is not None:
+                    first += size
+                    self._left_behind = self._left_behind or claimed.left_count > 0
+        return True
+
+    def leave(self) -> None:
+        """Claim nothing more from now on."""
+        self._leaving = True
+        self._call_ended.set()
 
     async def drain(self, deadline_seconds: float) -> None:
         """Let calls that are under way end and be recorded, for at most that long; leases take care of the rest."""
         await end_tasks(self._calls, deadline_seconds)
 
-    async def _claim(self, name: str, rail: Rail) -> bool:
+    async def _claim(self, name: str, rail: Rail, overdue_seconds: float) -> bool:
         """Take what fits from one rail, shops in turn: from where the last claim ended, then from the beginning."""
         for start in dict.fromkeys((self._next_shop[name], _FIRST_SHOP)):
             after_shop: UUID | None = start
             while after_shop is not None:
-                claimed = await self._take(name, rail, after_shop=after_shop)
+                claimed = await self._take(name, rail, after_shop=after_shop, overdue_seconds=overdue_seconds)
                 if claimed is None:
                     return False
                 self._next_shop[name] = claimed.next_shop or _FIRST_SHOP
@@ -145,34 +166,40 @@ class Settler:
         return self._settings.settle_concurrency - self._calls_by_shop[name].total()
 
     async def _take(
-        self, name: str, rail: Rail, *, after_shop: UUID = _FIRST_SHOP, payout_ids: Sequence[UUID] | None = None
+        self,
+        name: str,
+        rail: Rail,
+        *,
+        after_shop: UUID = _FIRST_SHOP,
+        payout_ids: Sequence[UUID] | None = None,
+        overdue_seconds: float = 0.0,
     ) -> Claimed | None:
         """One claim, of those payouts or of what is overdue, and the start of its calls; None when there is no room."""
-        settings, room = self._settings, self._room(name)
-        if room <= 0:
-            return None
-        claim = Claim(
-            rail=name,
-            token=uuid4(),
-            lease_seconds=settings.settle_lease_seconds,
-            claim_max=min(room, settings.settle_batch_max),
-            shop_max=settings.settle_shop_concurrency,
-            shops_max=_SHOPS_MAX,
-            overdue_seconds=OVERDUE_SECONDS if self._messages_arrive() else 0.0,
-        )
-        start_until = monotonic() + settings.settle_lease_seconds - settings.rail_timeout_seconds
-        work = partial(
-            claim_calls,
-            claim=claim,
-            after_shop=after_shop,
-            busy=self._calls_by_shop[name],
-            lag_seconds=rail.lag_seconds,
-            start_until=start_until,
-            payout_ids=payout_ids,
-        )
-        claimed, calls = await in_transaction(self._engine, work)
-        self._start(name, rail, calls)
-        return claimed
+        async with self._claiming[name]:
+            settings, room = self._settings, self._room(name)
+            if room <= 0:
+                return None
+            claim = Claim(
+                rail=name,
+                token=uuid4(),
+                lease_seconds=settings.settle_lease_seconds,
+                claim_max=min(room, settings.settle_batch_max),
+                shop_max=settings.settle_shop_concurrency,
+                shops_max=_SHOPS_MAX,
+                overdue_seconds=overdue_seconds,
+            )
+            work = partial(
+                claim_calls,
+                claim=claim,
+                after_shop=after_shop,
+                busy=self._calls_by_shop[name],
+                lag_seconds=rail.lag_seconds,
+                start_until=monotonic() + settings.settle_lease_seconds - settings.rail_timeout_seconds,
+                payout_ids=payout_ids,
+            )
+            claimed, calls = await in_transaction(self._engine, work)
+            self._start(name, rail, calls)
+            return claimed
 
     def _start(self, name: str, rail: Rail, calls: Iterable[Call]) -> None:
         for call in calls:

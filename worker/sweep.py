@@ -35,5 +35,8 @@ class Sweeper:
         OLDEST_CALLBACK.set(ages.callback_seconds)
         return False
 
+    def leave(self) -> None:
+        """There is nothing that could be left alone."""
+
     async def drain(self, _deadline_seconds: float) -> None:
         """Nothing is ever under way between rounds."""

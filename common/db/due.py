@@ -58,11 +58,13 @@ _CLAIM_DUE_IDS = text(
       SELECT l.payout_id, l.shop_id, coalesce(busy.calls, 0) + row_number() OVER (PARTITION BY l.shop_id) AS place
         FROM locked l LEFT JOIN busy ON busy.shop_id = l.shop_id),
     picked AS (
-      SELECT payout_id, shop_id FROM ranked WHERE place <= CAST(:shop_max AS int) LIMIT CAST(:claim_max AS int))
-    UPDATE payout_due d
-       SET lease_token = CAST(:token AS uuid), due_at = now() + make_interval(secs => CAST(:lease_seconds AS float8))
-      FROM picked WHERE d.payout_id = picked.payout_id AND d.shop_id = picked.shop_id
-    RETURNING d.payout_id, d.shop_id
+      SELECT payout_id, shop_id FROM ranked WHERE place <= CAST(:shop_max AS int) LIMIT CAST(:claim_max AS int)),
+    leased AS (
+      UPDATE payout_due d
+         SET lease_token = CAST(:token AS uuid), due_at = now() + make_interval(secs => CAST(:lease_seconds AS float8))
+        FROM picked WHERE d.payout_id = picked.payout_id AND d.shop_id = picked.shop_id
+      RETURNING d.payout_id, d.shop_id)
+    SELECT due.n, leased.payout_id, leased.shop_id FROM (SELECT count(*) AS n FROM ranked) due LEFT JOIN leased ON true
     """
 )
 
@@ -145,10 +147,14 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """What a claim took: shop ids by payout id. `next_shop`: behind it the next claim begins; None: all shops were visited."""
+    """What a claim took: shop ids by payout id. `next_shop`: behind it the next claim begins; None: all shops were visited.
+
+    `left_count`: of payouts asked for by id, how many were due and free, and did not fit.
+    """
 
     shop_ids: dict[UUID, UUID]
     next_shop: UUID | None
+    left_count: int = 0
 
 
 async def claim_due(tx: Tx, claim: Claim, after_shop: UUID, busy: Mapping[UUID, int]) -> Claimed:
@@ -184,20 +190,23 @@ async def claim_due(tx: Tx, claim: Claim, after_shop: UUID, busy: Mapping[UUID, 
 
 async def claim_due_ids(tx: Tx, claim: Claim, payout_ids: Collection[UUID], busy: Mapping[UUID, int]) -> Claimed:
     """Take those of the payouts that are due and nobody has, as `claim_due` does."""
-    rows = await tx.execute(
-        _CLAIM_DUE_IDS,
-        {
-            "rail": claim.rail,
-            "ids": list(payout_ids),
-            "busy_shops": list(busy),
-            "busy_counts": list(busy.values()),
-            "token": claim.token,
-            "lease_seconds": claim.lease_seconds,
-            "claim_max": claim.claim_max,
-            "shop_max": claim.shop_max,
-        },
-    )
-    return Claimed({row.payout_id: row.shop_id for row in rows}, None)
+    rows = (
+        await tx.execute(
+            _CLAIM_DUE_IDS,
+            {
+                "rail": claim.rail,
+                "ids": list(payout_ids),
+                "busy_shops": list(busy),
+                "busy_counts": list(busy.values()),
+                "token": claim.token,
+                "lease_seconds": claim.lease_seconds,
+                "claim_max": claim.claim_max,
+                "shop_max": claim.shop_max,
+            },
+        )
+    ).all()
+    shop_ids = {row.payout_id: row.shop_id for row in rows if row.payout_id is not None}
+    return Claimed(shop_ids, None, left_count=rows[0].n - len(shop_ids))
 
 
 async def find_rails_due(tx: Tx) -> list[str]:

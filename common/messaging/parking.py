@@ -61,7 +61,8 @@ class Verdict(Enum):
     DROP = auto()
 
 
-Judge = Callable[[Parked], Verdict]
+# None: it has seen enough; that message and those behind it are left where they are.
+Judge = Callable[[Parked], Verdict | None]
 
 
 def parked_properties(delivered: DeliveredMessage, reason: str, queue: str) -> Basic.Properties:
@@ -99,6 +100,9 @@ async def judge_parked(
         while len(judged) < messages_max and (message := await queue.get(fail=False)) is not None:
             parked = parse_parked(message)
             verdict = judge(parked)
+            if verdict is None:
+                kept.append(message)
+                break
             judged.append((parked, verdict))
             if verdict is Verdict.KEEP:
                 # Held until the end, or it would be the next one again.

@@ -11,7 +11,7 @@ from typing import Final
 from uuid import UUID
 
 from aio_pika.abc import AbstractChannel, AbstractConnection
-from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity
+from aiormq.exceptions import ChannelNotFoundEntity
 from pamqp.common import Arguments
 
 QUORUM: Final[Arguments] = {"x-queue-type": "quorum"}
@@ -89,14 +89,13 @@ async def find_or_declare(connection: AbstractConnection, topology: Topology, qu
 
 
 async def repair(connection: AbstractConnection, topology: Topology) -> None:
-    """Declare everything once more, bindings too, where this login may: after a message found no queue."""
+    """Declare everything once more, bindings too: after a message found no queue.
+
+    Raises: `aiormq.exceptions.ChannelAccessRefused` when this login may not.
+    """
     declaring = await connection.channel(publisher_confirms=False)
-    try:
-        await declare(declaring, topology)
-        await declaring.close()
-    except ChannelAccessRefused:
-        # Somebody else has to; until then messages are counted as returned and the scan does their work.
-        return
+    await declare(declaring, topology)
+    await declaring.close()
 
 
 async def declare(channel: AbstractChannel, topology: Topology) -> None:

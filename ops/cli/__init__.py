@@ -44,8 +44,9 @@ _COMMANDS: Final = (
 def cli() -> None:
     """Merchants, money, payouts and callbacks, for operators.
 
-    Database and broker are those of DATABASE_URL and AMQP_URL, else of the stack on this machine. Every change is written
-    down with its actor. Exit codes: 0 done, 1 a check failed, 2 refused, 3 the database or the broker cannot be reached.
+    Database and broker are those of DATABASE_URL and AMQP_URL, without the former those of the stack on this machine.
+    Every change is written down with its actor. Exit codes: 0 done, 1 a check failed, 2 refused, 3 the database or the
+    broker cannot be reached.
     """
 
 

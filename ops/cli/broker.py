@@ -1,4 +1,4 @@
-"""The way from a command to the broker: the one of AMQP_URL, else that of the stack on this machine."""
+"""The way from a command to the broker: the one of AMQP_URL; without a DATABASE_URL that of the stack on this machine."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress

@@ -1,5 +1,6 @@
 """`payouts parked`: messages that nobody could read, or that the broker gave up delivering. They are pointers, never money."""
 
+import asyncio
 import base64
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -26,6 +27,7 @@ from ops.cli.errors import CheckFailed, Refused
 from ops.cli.options import actor_option, json_option, reason_option
 from ops.cli.output import Record, show_record, show_records
 
+_OPEN_SECONDS: Final = 10.0
 _BODY_CHARACTERS_SHOWN: Final = 8 * 1024
 _PREFIXES: Final = {Work.SETTLE: PAYOUT, Work.CALLBACK: EVENT}
 
@@ -56,7 +58,14 @@ def list_parked_command(limit: int, as_json: bool) -> None:
 @json_option
 def show_parked_command(message_id: str, as_json: bool) -> None:
     """Show one parked message: headers, body, and what it asks for if it can be read."""
-    found = [message for message, _ in _look(lambda _: Verdict.KEEP) if message.id == message_id]
+    found: list[Parked] = []
+
+    def judge(message: Parked) -> Verdict | None:
+        if message.id == message_id:
+            found.append(message)
+        return None if found else Verdict.KEEP
+
+    _look(judge)
     if not found:
         raise Refused(f"no message {message_id} is parked")
     show_record(_describe(found[0]), as_json=as_json)
@@ -138,8 +147,13 @@ def _change(
             console = Console(stderr=True, quiet=not sys.stderr.isatty())
             turns = iter(track(range(count), verb, console=console, transient=True))
 
-            def judge_wanted(message: Parked) -> Verdict:
+            unseen = set(message_ids)
+
+            def judge_wanted(message: Parked) -> Verdict | None:
+                if not everything and not unseen:
+                    return None
                 next(turns)
+                unseen.discard(message.id)
                 return judge(message) if everything or message.id in message_ids else Verdict.KEEP
 
             return await judge_parked(channel, topology, judge_wanted, messages_max=count)
@@ -161,9 +175,10 @@ async def _parking() -> AsyncIterator[tuple[AbstractChannel, Topology, int]]:
     settings = read_settings()
     topology = Topology(settings.amqp_queue_prefix, settings.amqp_shards)
     async with broker_connection(settings) as connection:
-        channel = await connection.channel(on_return_raises=True)
         try:
-            count = await count_parked(channel, topology)
+            async with asyncio.timeout(_OPEN_SECONDS):
+                channel = await connection.channel(on_return_raises=True)
+                count = await count_parked(channel, topology)
         except ChannelNotFoundEntity:
             raise Refused(f"the broker has no queue {topology.parked}; a gateway or worker makes it") from None
         try:

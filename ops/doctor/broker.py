@@ -1,13 +1,16 @@
 """The broker of `AMQP_URL`: what AMQP shows of it, and what only its own interfaces show: arguments, bindings, limits."""
 
+import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import aiohttp
-from aio_pika.abc import AbstractConnection
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractQueue
+from aio_pika.exceptions import AMQPError, ChannelInvalidStateError
 from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity
 from yarl import URL
 
@@ -21,7 +24,7 @@ _RABBITMQ_MIN: Final = (3, 10)
 _TIMEOUT_SECONDS: Final = 10.0
 
 _MAKE: Final = "a gateway or worker whose login may makes it; else import deploy/rabbitmq/definitions.json"
-_OTHER_LOGIN: Final = "ask with another login"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,33 +87,53 @@ def _check_version(connection: AbstractConnection, subject: str, seconds: float)
 
 
 async def _check_topology(connection: AbstractConnection, topology: Topology) -> AsyncIterator[Finding]:
-    channel = await connection.channel()
-    try:
-        await channel.declare_exchange(topology.exchange, passive=True)
-        yield Finding(f"exchange {topology.exchange}", Verdict.GOOD, "there")
-    except ChannelNotFoundEntity:
-        yield Finding(f"exchange {topology.exchange}", Verdict.WRONG, "missing", _MAKE)
-    except ChannelAccessRefused:
-        yield Finding(f"exchange {topology.exchange}", Verdict.LOOK, "this login may not look", _OTHER_LOGIN)
+    exchange = f"exchange {topology.exchange}"
+    yield await _look(
+        connection,
+        exchange,
+        lambda channel: channel.declare_exchange(topology.exchange, passive=True),
+        lambda _: Finding(exchange, Verdict.GOOD, "there"),
+    )
     for name in topology.all_queues():
-        yield await _check_queue(connection, topology, name)
+        yield await _look(
+            connection,
+            f"queue {name}",
+            partial(_find_queue, name),
+            partial(_judge_queue, topology=topology),
+        )
 
 
-async def _check_queue(connection: AbstractConnection, topology: Topology, name: str) -> Finding:
-    subject = f"queue {name}"
-    # A channel of its own: a refusal closes it.
-    channel = await connection.channel()
+async def _find_queue(name: str, channel: AbstractChannel) -> AbstractQueue:
+    return await channel.declare_queue(name, passive=True)
+
+
+async def _look(
+    connection: AbstractConnection,
+    subject: str,
+    find: Callable[[AbstractChannel], Awaitable[_T]],
+    judge: Callable[[_T], Finding],
+) -> Finding:
+    """Judge what is found, on a channel of its own: a refusal closes it. Whoever raised an alarm opens none."""
     try:
-        queue = await channel.declare_queue(name, passive=True)
+        async with asyncio.timeout(_TIMEOUT_SECONDS):
+            channel = await connection.channel()
+            found = await find(channel)
+            await channel.close()
     except ChannelNotFoundEntity:
         return Finding(subject, Verdict.WRONG, "missing", _MAKE)
     except ChannelAccessRefused:
-        return Finding(subject, Verdict.LOOK, "this login may not look", _OTHER_LOGIN)
-    await channel.close()
+        return Finding(subject, Verdict.LOOK, "this login may not look", "ask with another login")
+    except (AMQPError, ChannelInvalidStateError, OSError, TimeoutError) as error:
+        return Finding(subject, Verdict.WRONG, f"no answer: {name_error(error)}", "rabbitmq-diagnostics check_alarms")
+    return judge(found)
+
+
+def _judge_queue(queue: AbstractQueue, topology: Topology) -> Finding:
+    subject = f"queue {queue.name}"
     messages = queue.declaration_result.message_count or 0
     consumers = queue.declaration_result.consumer_count or 0
     detail = f"{messages} messages, {consumers} consumers"
-    if name == topology.parked:
+    if queue.name == topology.parked:
         return good_if(messages == 0, subject, detail, "payouts parked list")
     return good_if(consumers > 0, subject, detail, "no worker takes from it: the scan does its work")
 

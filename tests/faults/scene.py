@@ -25,6 +25,8 @@ from common.db.engine import Engine
 from common.db.invariants import verify
 from common.messaging.parking import FROM, REASON
 from common.messaging.topology import Topology, Work, declare
+from ops.servers import ServerFailed
+from ops.state import CHECKOUT
 from tests.broker import Broker, delete_all
 from tests.factories import Merchant, add_funded_merchant, create_body, engine, execute, fetch
 from tests.stack import Client, Process, Stack, client, eventually, stack
@@ -224,9 +226,9 @@ class Scene:
         async with self._channel() as channel:
             await channel.declare_queue(name, durable=True)
 
-    def full_queue(self) -> AbstractAsyncContextManager[None]:
-        """While the context lasts, a policy keeps settlement's queues to one message, and the broker refuses the rest."""
-        return self._policy({"max-length": 1, "overflow": "reject-publish"})
+    def full_queue(self, name: str = "settle") -> AbstractAsyncContextManager[None]:
+        """While the context lasts, a policy keeps such queues to one message, and the broker refuses the rest."""
+        return self._policy({"max-length": 1, "overflow": "reject-publish"}, name)
 
     def delivery_limit(self, deliveries: int) -> AbstractAsyncContextManager[None]:
         """While the context lasts, the broker drops what was delivered and given back that often."""
@@ -244,10 +246,10 @@ class Scene:
             await control(self.broker, "delete_user", name)
 
     @asynccontextmanager
-    async def _policy(self, definition: dict[str, object]) -> AsyncIterator[None]:
+    async def _policy(self, definition: dict[str, object], queue: str = "settle") -> AsyncIterator[None]:
         name = self.topology.prefix
-        pattern, text = f"^{re.escape(name)}payouts.settle", json.dumps(definition)
-        await control(self.broker, "set_policy", name, pattern, text, "--apply-to", "queues")
+        pattern, text = f"^{re.escape(name)}payouts.{queue}", json.dumps(definition)
+        await control(self.broker, "set_policy", name, pattern, text, "--apply-to", "queues", "--priority", "20")
         try:
             yield
         finally:
@@ -396,7 +398,7 @@ async def scene(database_url: str, broker: Broker, prefix: str, **overrides: str
     try:
         # How soon a quorum queue, once declared, tells how many messages it has.
         await control(broker, "eval", f"application:set_env(rabbit, quorum_tick_interval, {_TICK_MILLISECONDS}).")
-        async with stack(database_url, **environment) as running:
+        async with stack(database_url, **environment) as running, _limits_of_production(broker, prefix):
             shards = running.settings.amqp_shards
             topology = Topology(prefix, shards)
             await declare_all(broker, topology)
@@ -406,6 +408,28 @@ async def scene(database_url: str, broker: Broker, prefix: str, **overrides: str
     finally:
         await receiver.close()
         await owner.dispose()
+
+
+@asynccontextmanager
+async def _limits_of_production(broker: Broker, prefix: str) -> AsyncIterator[None]:
+    """The policies of `deploy/rabbitmq`, for queues with this prefix."""
+    policies = json.loads((CHECKOUT / "deploy" / "rabbitmq" / "definitions.json").read_text())["policies"]
+    for policy in policies:
+        definition = dict(policy["definition"])
+        for name in ("dead-letter-exchange", "dead-letter-routing-key"):
+            if name in definition:
+                definition[name] = f"{prefix}{definition[name]}"
+        pattern = f"^{re.escape(prefix)}{policy['pattern'].removeprefix('^')}"
+        await control(
+            broker, "set_policy", f"{prefix}{policy['name']}", pattern, json.dumps(definition), "--apply-to", "queues"
+        )
+    try:
+        yield
+    finally:
+        for policy in policies:
+            # A broker that a test has wiped has none.
+            with suppress(ServerFailed):
+                await control(broker, "clear_policy", f"{prefix}{policy['name']}")
 
 
 async def declare_all(broker: Broker, topology: Topology) -> None:

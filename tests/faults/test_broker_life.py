@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from time import monotonic
 from uuid import uuid4
 
 import aiohttp
@@ -14,6 +15,7 @@ from common.messaging.consumer import Consumer
 from common.messaging.link import HEARTBEAT_SECONDS, Link
 from common.messaging.publisher import Publisher
 from common.messaging.topology import Topology, Work
+from ops.ports import choose_port
 from tests.broker import Broker, MakeBroker
 from tests.faults.amqp_proxy import START_OK, Way, amqp_proxy
 from tests.faults.scene import LAG_SECONDS_MAX, SHORT_LEASES, Scene, control, declare_all, rises, scene
@@ -21,6 +23,10 @@ from tests.stack import Process, eventually, http_status
 
 # aiormq's grace: three heartbeats of one second more.
 SILENCE_SECONDS = 3 * (HEARTBEAT_SECONDS + 1)
+
+
+# A blocked broker answers no good-bye; whoever leaves waits for some seconds and no longer.
+LEAVING_SECONDS_MAX = 15.0
 
 
 @pytest.fixture
@@ -99,18 +105,43 @@ async def test_tells_that_the_broker_is_gone_before_anybody_publishes(stage: Sce
     await stage.assert_all_well()
 
 
-async def test_accepts_and_settles_while_publishing_is_blocked(stage: Scene) -> None:
-    """Fault: a memory alarm; the broker reads no more from whoever publishes. Then memory is there again."""
-    gateway, worker = await stage.start_all()
+@pytest.mark.parametrize("resource", ["memory", "disk"])
+async def test_accepts_and_settles_while_publishing_is_blocked(stage: Scene, resource: str) -> None:
+    """Fault: an alarm; the broker reads no more from whoever publishes. Then there is enough again."""
+    alarm, calm = {
+        "memory": (("set_vm_memory_high_watermark", "0"), ("set_vm_memory_high_watermark", "absolute", "512MB")),
+        "disk": (("set_disk_free_limit", "1000GB"), ("set_disk_free_limit", "50MB")),
+    }[resource]
+    async with amqp_proxy(stage.broker.url) as proxy:
+        gateway, worker = await stage.start("gateway", AMQP_URL=proxy.url), await stage.start("worker", "all")
+        leaving = await stage.start("gateway", AMQP_URL=proxy.url)
+        await stage.assert_work_flows(gateway, worker)
+        await stage.wait_connected(leaving)
+        await control(stage.broker, *alarm)
+        try:
+            async with stage.load():
+                await rises(lambda: stage.published(gateway, "unconfirmed"), "unconfirmed publishes are counted")
+                await rises(lambda: stage.published(gateway, "dropped"), "publishing is given up", by=30)
+                assert await told(f"http://127.0.0.1:{gateway.admin_port}/readyz") == "away: publish"
+                began = monotonic()
+                assert await leaving.stop() == 0
+                assert monotonic() - began < LEAVING_SECONDS_MAX
+                await stage.answered(60)
+            assert proxy.counts[Way.UP, START_OK] == 2, "it piles up connections that the broker does not see closed"
+        finally:
+            await control(stage.broker, *calm)
+        await _assert_back(stage, gateway, worker)
+
+
+async def test_takes_the_next_host_when_one_is_away(stage: Scene) -> None:
+    """Fault: of two hosts the first does not answer."""
+    urls = f"amqp://127.0.0.1:{choose_port()},{stage.broker.url}"
+    gateway, worker = await stage.start_all(AMQP_URL=urls)
     await stage.assert_work_flows(gateway, worker)
-    await control(stage.broker, "set_vm_memory_high_watermark", "0")
-    try:
-        async with stage.load():
-            await rises(lambda: stage.published(gateway, "unconfirmed"), "unconfirmed publishes are counted")
-            await rises(lambda: stage.published(gateway, "dropped"), "publishing is given up")
-            await stage.answered(60)
-    finally:
-        await control(stage.broker, "set_vm_memory_high_watermark", "absolute", "512MB")
+    await stage.assert_all_well()
+
+
+async def _assert_back(stage: Scene, gateway: Process, worker: Process) -> None:
     await stage.assert_work_flows(gateway, worker)
     assert await stage.worst_lag() <= LAG_SECONDS_MAX
     assert max(answer.seconds for answer in stage.created) < 1.0
@@ -179,14 +210,15 @@ async def test_leaves_no_task_behind_when_connections_break(broker: Broker, amqp
     await declare_all(broker, topology)
     publisher, claimed = Publisher(topology), asyncio.Semaphore(0)
 
-    async def claim(messages: Sequence[WorkMessage]) -> None:
+    async def claim(messages: Sequence[WorkMessage]) -> bool:
         for _ in messages:
             claimed.release()
+        return True
 
     consumer = Consumer(topology, Work.SETTLE, claim, publisher)
 
     async def both_connected() -> bool:
-        return publisher.connected and consumer.connected
+        return all(link.connected for link in links)
 
     async def carried() -> bool:
         # What is offered to a connection that is about to be found dead is dropped: offer again.

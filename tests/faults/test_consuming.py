@@ -3,22 +3,26 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
-from uuid import uuid4
+from uuid import UUID, uuid4
 
+import aio_pika
 import pytest
 
-from common.messaging.codec import BODY_BYTES_MAX, IDS_MAX
-from common.messaging.consumer import PREFETCH
-from common.messaging.topology import Work
+from common.messaging.codec import BODY_BYTES_MAX, IDS_MAX, WorkMessage
+from common.messaging.consumer import PREFETCH, Consumer
+from common.messaging.link import Link
+from common.messaging.publisher import Publisher
+from common.messaging.topology import Topology, Work
+from common.process import end_tasks
 from tests.broker import Broker
 from tests.factories import execute, fetch
 from tests.faults.amqp_proxy import ACK, DELIVER, AmqpProxy, Fate, Way, amqp_proxy
 from tests.faults.proxy import Proxy
 from tests.faults.proxy import proxy as database_proxy
-from tests.faults.scene import LAG_SECONDS_MAX, SHORT_LEASES, Parked, Scene, control, scene
+from tests.faults.scene import LAG_SECONDS_MAX, SHORT_LEASES, Parked, Scene, control, declare_all, scene
 from tests.stack import eventually
 
 # A recipient whose bank pays and never answers: the call lasts until the rail's time-out.
@@ -154,6 +158,67 @@ async def test_goes_on_when_the_parking_queue_was_deleted(stage: Scene) -> None:
     await stage.create(3)
     await stage.assert_work_flows(gateway, worker)
     await stage.assert_all_well(parked=1)
+
+
+async def test_neighbours_go_on_while_poison_cannot_be_parked(stage: Scene) -> None:
+    """Fault: the parking queue is full when poison comes, and stays full for a while."""
+    gateway, worker = await stage.start_all()
+    await stage.assert_work_flows(gateway, worker)
+    async with stage.full_queue("parked"):
+        for _ in range(5):
+            await stage.publish(b"poison")
+        since = len(stage.created)
+        async with stage.load():
+            await stage.answered(60)
+        await stage.settled()
+        assert await stage.worst_lag(since=since) < 1.0, "neighbours had to wait for a scan"
+        assert await stage.consumed(worker, outcome="parked") < 5
+
+    async def all_parked() -> bool:
+        return await stage.consumed(worker, outcome="parked") == 5
+
+    await eventually(all_parked, "poison is parked", 30)
+    await stage.assert_work_flows(gateway, worker)
+    await stage.assert_all_well(parked=5)
+
+
+async def test_one_message_that_cannot_be_claimed_holds_up_no_other(broker: Broker, amqp_prefix: str) -> None:
+    """Fault: an error of ours that no repeat will mend, for one message of many; seen from inside, in this process."""
+    topology = Topology(amqp_prefix, 1)
+    await declare_all(broker, topology)
+    publisher, claimed, bad = Publisher(topology), set[UUID](), uuid4()
+
+    async def claim(messages: Sequence[WorkMessage]) -> bool:
+        ids = {value for message in messages for value in message.ids}
+        if bad in ids:
+            raise LookupError("an error of ours")
+        claimed.update(ids)
+        return True
+
+    consumer = Consumer(topology, Work.SETTLE, claim, publisher)
+    links = [Link("publish", [broker.url], publisher.session), Link("consume settle", [broker.url], consumer.session)]
+    running = [asyncio.create_task(link.run()) for link in links]
+    try:
+
+        async def connected() -> bool:
+            return all(link.connected for link in links)
+
+        await eventually(connected, "both links are up")
+        ids = [uuid4() for _ in range(3 * PREFETCH)]
+        ids.insert(PREFETCH, bad)
+        for value in ids:
+            publisher.offer(Work.SETTLE, [(value, value)])
+
+        async def all_claimed() -> bool:
+            return claimed == set(ids) - {bad}
+
+        await eventually(all_claimed, "all the others are claimed")
+        await consumer.drain(5)
+        async with await aio_pika.connect(broker.url) as connection:
+            queue = await (await connection.channel()).declare_queue(topology.queue(Work.SETTLE, 0), passive=True)
+            assert queue.declaration_result.message_count == 0
+    finally:
+        await end_tasks(running, 0)
 
 
 async def test_parks_poison_when_its_publishing_connection_had_died_unused(stage: Scene, proxy: AmqpProxy) -> None:

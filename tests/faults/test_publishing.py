@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from time import monotonic
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from common.messaging.publisher import CONFIRM_TIMEOUT_SECONDS
 from common.messaging.topology import Work
 from tests.broker import Broker
-from tests.faults.amqp_proxy import ACK, CONNECTION_CLOSE, PUBLISH, AmqpProxy, Fate, Way, amqp_proxy
+from tests.factories import add_funded_merchant
+from tests.faults.amqp_proxy import ACK, CONNECTION_CLOSE, PUBLISH, START_OK, AmqpProxy, Fate, Way, amqp_proxy
 from tests.faults.scene import LAG_SECONDS_MAX, SHORT_LEASES, Scene, rises, scene
 from tests.stack import Process, eventually
 
@@ -113,6 +115,38 @@ async def test_counts_what_the_broker_returns_and_settles_it_anyway(stage: Scene
         await stage.bind(queue)
         await stage.assert_work_flows(gateway, worker)
         await stage.assert_all_well()
+
+
+@pytest.mark.parametrize("trouble", ["unbound", "full"])
+async def test_one_bad_queue_stops_nothing_else(
+    database_url: str, broker: Broker, amqp_prefix: str, trouble: str
+) -> None:
+    """Fault: one shard's queue returns or refuses every message, and the login can do nothing about it."""
+    overrides = {**SHORT_LEASES, "PAYOUTS_AMQP_SHARDS": "2"}
+    async with (
+        scene(database_url, broker, amqp_prefix, **overrides) as stage,
+        stage.login_without_configure() as url,
+        amqp_proxy(url) as proxy,
+        AsyncExitStack() as faults,
+    ):
+        while len({stage.topology.shard_of(merchant.shop.id) for merchant in stage.merchants}) < 2:
+            stage.merchants.append(await add_funded_merchant(stage.owner, stage.stack.settings))
+        bad, queue = 0, stage.topology.queue(Work.SETTLE, 0)
+        outcome = "returned" if trouble == "unbound" else "refused"
+        if trouble == "unbound":
+            await stage.unbind(queue)
+        else:
+            await faults.enter_async_context(stage.full_queue(f"settle.{bad}"))
+        gateway = await stage.start("gateway", AMQP_URL=proxy.url)
+        await stage.wait_connected(gateway)
+        async with stage.load(per_second=60):
+            await rises(lambda: stage.published(gateway, outcome), f"messages are {outcome}", by=20)
+            await rises(lambda: stage.published(gateway, "confirmed"), "others are confirmed", by=40)
+        assert proxy.counts[Way.UP, START_OK] == 1, "the connection was given up"
+        assert await stage.published(gateway, "dropped") == 0
+        assert await stage.published(gateway, "unconfirmed") == 0
+        await stage.start("worker", "all")
+        await stage.settled()
 
 
 async def test_counts_what_a_full_queue_refuses_and_settles_it_anyway(stage: Scene) -> None:

@@ -102,6 +102,23 @@ async def test_takes_no_message_any_more_while_it_leaves(stage: Scene) -> None:
     await _others_take_over(stage, gateway)
 
 
+async def test_begins_nothing_more_while_it_leaves(stage: Scene) -> None:
+    """Fault: SIGTERM to a worker whose every slot is taken, with a full prefetch of messages behind that."""
+    hanging = {"PAYOUTS_RAIL_TIMEOUT_SECONDS": "3", "PAYOUTS_SETTLE_LEASE_SECONDS": "9", "PAYOUTS_DRAIN_SECONDS": "6"}
+    gateway = await stage.start("gateway")
+    worker = await stage.start("worker", "all", PAYOUTS_SETTLE_CONCURRENCY="1", **hanging)
+    await stage.wait_connected(gateway, worker)
+    await stage.create(20, card_number=SILENT)
+    await a_call_hangs(stage)
+    began = monotonic()
+    assert await worker.stop() == 0
+    assert monotonic() - began < 6
+    rows = await fetch(stage.owner, "SELECT count(*) AS n FROM payout_attempts WHERE finished_at IS NULL")
+    assert rows[0].n == 0, "a call was begun that nobody finished"
+    assert len(await fetch(stage.owner, "SELECT 1 FROM payouts WHERE state = 'queued'")) >= 15
+    await _others_take_over(stage, gateway)
+
+
 async def test_leaves_at_once_at_the_second_signal(stage: Scene) -> None:
     """Fault: SIGTERM twice, the second one while the worker waits for a rail."""
     gateway, worker = await stage.start_all(PAYOUTS_RAIL_TIMEOUT_SECONDS="20", PAYOUTS_SETTLE_LEASE_SECONDS="30")

@@ -156,6 +156,7 @@ async def test_a_database_that_forgets_is_wrong(make_cluster: MakeCluster) -> No
         ({"PAYOUTS_CALLBACK_PRIVATE_ADDRESSES": "1"}, "callback addresses"),
         ({"AMQP_URL": "amqp://user:hunter2@rabbit.example/"}, "way to the broker"),
         ({"AMQP_URL": "amqp://10.0.0.7,amqp://localhost"}, "way to the broker"),
+        ({"AMQP_URL": "amqps://rabbit.example/?no_verify_ssl=1"}, "way to the broker"),
     ],
 )
 def test_relations_that_are_unwise_are_named(variables: dict[str, str], subject: str) -> None:

@@ -31,9 +31,7 @@ from common.process import end_tasks
 from common.sealing import WEBHOOK_SECRET_PURPOSE, Keyring, SealBroken
 from common.settings import Settings
 from worker.callbacks.send import Attempt, render_headers, send_callback
-
-# With messages, the scan only takes what has been due for so long: what messages did not bring.
-OVERDUE_SECONDS: Final = 1.0
+from worker.scanning import OVERDUE_SECONDS
 
 _CLAIM_MAX: Final = 64
 _RECORD_BATCH_MAX: Final = 64
@@ -74,25 +72,40 @@ class Deliverer:
         self._messages_arrive = messages_arrive
         self._sends: set[asyncio.Task[None]] = set()
         self._send_ended = asyncio.Event()
+        self._leaving = False
+        # One claim at a time, so that each knows how much room there is.
+        self._claiming = asyncio.Lock()
         self._records: Batcher[Ended, None] = Batcher(self._record, batch_max=_RECORD_BATCH_MAX)
 
     async def run_round(self) -> bool:
         """Look for due callbacks and start sending them. Returns whether there was anything."""
-        overdue_seconds = OVERDUE_SECONDS if self._messages_arrive() else 0.0
-        return self._room() > 0 and await self._claim(overdue_seconds=overdue_seconds)
+        if self._leaving:
+            return False
+        return bool(await self._claim(overdue_seconds=OVERDUE_SECONDS if self._messages_arrive() else 0.0))
 
-    async def claim_messages(self, messages: Sequence[WorkMessage]) -> None:
-        """Claim what messages tell of and start sending it; waits for room. What another has, or does not fit, is left.
+    async def claim_messages(self, messages: Sequence[WorkMessage]) -> bool:
+        """Claim what messages tell of and start sending it, as room comes; False when it was given up, since we leave.
 
+        What another has is left.
         Raises: `Transient`; then nothing, or only a part, was claimed, and it may be called again.
         """
         ids = [event_id for message in messages for event_id in message.ids]
-        for first in range(0, len(ids), _CLAIM_MAX):
-            chunk = ids[first : first + _CLAIM_MAX]
-            while self._room() < min(len(chunk), self._settings.callback_concurrency):
+        first = 0
+        while first < len(ids):
+            while self._room() <= 0 and not self._leaving:
                 self._send_ended.clear()
                 await self._send_ended.wait()
-            await self._claim(event_ids=chunk)
+            if self._leaving:
+                return False
+            size = min(self._room(), _CLAIM_MAX)
+            if await self._claim(event_ids=ids[first : first + size]) is not None:
+                first += size
+        return True
+
+    def leave(self) -> None:
+        """Claim nothing more from now on."""
+        self._leaving = True
+        self._send_ended.set()
 
     async def drain(self, deadline_seconds: float) -> None:
         """Let attempts that are under way end and be recorded, for at most that long; leases take care of the rest."""
@@ -101,25 +114,30 @@ class Deliverer:
     def _room(self) -> int:
         return self._settings.callback_concurrency - len(self._sends)
 
-    async def _claim(self, *, event_ids: Sequence[UUID] | None = None, overdue_seconds: float = 0.0) -> bool:
-        settings = self._settings
-        token, start_until = uuid4(), monotonic() + settings.callback_lease_seconds - settings.callback_timeout_seconds
-        claimed = await in_transaction(
-            self._engine,
-            lambda tx: claim_callbacks(
-                tx,
-                token=token,
-                lease_seconds=settings.callback_lease_seconds,
-                claim_max=min(self._room(), _CLAIM_MAX),
-                event_ids=event_ids,
-                overdue_seconds=overdue_seconds,
-            ),
-        )
-        for callback in claimed:
-            task = asyncio.create_task(self._deliver(callback, token, start_until))
-            self._sends.add(task)
-            task.add_done_callback(self._end)
-        return bool(claimed)
+    async def _claim(self, *, event_ids: Sequence[UUID] | None = None, overdue_seconds: float = 0.0) -> int | None:
+        """One claim, of those events or of what is overdue, and the start of sending; how many, or None without room."""
+        async with self._claiming:
+            settings, room = self._settings, self._room()
+            if room <= 0:
+                return None
+            token = uuid4()
+            start_until = monotonic() + settings.callback_lease_seconds - settings.callback_timeout_seconds
+            claimed = await in_transaction(
+                self._engine,
+                lambda tx: claim_callbacks(
+                    tx,
+                    token=token,
+                    lease_seconds=settings.callback_lease_seconds,
+                    claim_max=min(room, _CLAIM_MAX),
+                    event_ids=event_ids,
+                    overdue_seconds=overdue_seconds,
+                ),
+            )
+            for callback in claimed:
+                task = asyncio.create_task(self._deliver(callback, token, start_until))
+                self._sends.add(task)
+                task.add_done_callback(self._end)
+            return len(claimed)
 
     def _end(self, task: "asyncio.Task[None]") -> None:
         self._sends.discard(task)
