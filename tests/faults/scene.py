@@ -298,6 +298,24 @@ class Scene:
                 parked.append(_parked(message))
             return parked
 
+    @property
+    def broker_variables(self) -> dict[str, str]:
+        """What tells a command of the broker, and of our names there."""
+        return {"AMQP_URL": self.broker.url, "PAYOUTS_AMQP_QUEUE_PREFIX": self.topology.prefix}
+
+    async def park_all(self, work: Work) -> None:
+        """Put aside everything that waits in the queues of a kind of work, as a worker does that cannot read it."""
+        async with self._channel() as channel:
+            exchange = await channel.get_exchange(self.topology.exchange, ensure=False)
+            for name in self.topology.queues(work):
+                queue = await channel.get_queue(name, ensure=False)
+                while (message := await queue.get(fail=False)) is not None:
+                    copy = aio_pika.Message(
+                        message.body, type=message.type, headers={REASON: "unknown version", FROM: name}
+                    )
+                    await exchange.publish(copy, self.topology.parked)
+                    await message.ack()
+
     async def publish(
         self, body: bytes, *, work: Work = Work.SETTLE, type_name: str | None = Work.SETTLE, **properties: Any
     ) -> None:

@@ -18,12 +18,13 @@ from common.messaging.publisher import Publisher
 from common.messaging.topology import Topology, Work
 from common.process import end_tasks
 from tests.broker import Broker
-from tests.factories import execute, fetch
+from tests.factories import environment, execute, fetch
 from tests.faults.amqp_proxy import ACK, DELIVER, AmqpProxy, Fate, Way, amqp_proxy
 from tests.faults.proxy import Proxy
 from tests.faults.proxy import proxy as database_proxy
 from tests.faults.scene import LAG_SECONDS_MAX, SHORT_LEASES, Parked, Scene, control, declare_all, scene
 from tests.stack import eventually
+from tests.terminal import Terminal
 
 # A recipient whose bank pays and never answers: the call lasts until the rail's time-out.
 SILENT = "01712340201"
@@ -287,6 +288,53 @@ async def test_settles_at_once_what_was_claimed_when_the_connection_broke(
     await stage.assert_work_flows(gateway, worker)
     assert proxy.foreign_acks == []
     assert proxy.closes == []
+    await stage.assert_all_well()
+
+
+@pytest.mark.parametrize(
+    "point", ["before the claim is committed", "between the claim's commit and the acknowledgement"]
+)
+async def test_settles_once_when_a_worker_is_killed(stage: Scene, slow_database: Proxy, point: str) -> None:
+    """Fault: kill -9 of a worker with a message in hand, at that point; its database answers late, so that there is time."""
+    gateway = await stage.start("gateway")
+    worker = await stage.start("worker", "settle", DATABASE_URL=slow_database.url)
+    await stage.start("worker", "callbacks")
+    await stage.create(1)
+    await stage.assert_work_flows(gateway, worker)
+    slow_database.delay(0.2)
+    (external_id,) = await stage.create(1)
+    state = "queued" if point.startswith("before") else "sending"
+
+    async def there() -> bool:
+        query = "SELECT 1 FROM payouts WHERE external_id = :id AND state = :state"
+        rows = await fetch(stage.owner, query, id=external_id, state=state)
+        return bool(rows) and await unacknowledged(stage) == 1
+
+    await eventually(there, point)
+    await worker.kill()
+    slow_database.delay(0)
+    await stage.travel()
+    other = await stage.start("worker", "settle")
+
+    await _until_nobody_is_waited_for(stage)
+    await stage.assert_work_flows(gateway, other)
+    await stage.assert_all_well()
+
+
+async def test_replays_what_was_parked_and_settles_it_once(stage: Scene) -> None:
+    """Fault: a release that could not read the messages has parked them all; an operator replays them, twice."""
+    gateway = await stage.start("gateway")
+    await stage.wait_connected(gateway)
+    await stage.create(200)
+    await stage.park_all(Work.SETTLE)
+    worker = await stage.start("worker", "all")
+    await stage.wait_connected(worker)
+    terminal = Terminal(environment(stage.stack.database_url, **stage.broker_variables))
+    for _ in range(2):
+        (await terminal.run("parked", "replay", "--all", "--reason", "mended", "--actor", "tests")).assert_shown(
+            "replayed"
+        )
+    await stage.assert_work_flows(gateway, worker)
     await stage.assert_all_well()
 
 
