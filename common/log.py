@@ -70,7 +70,7 @@ def configure_logging(log_format: str, **bound: str) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    for name in ("aio_pika", "aiormq"):
+    for name in ("aio_pika", "aiormq", "sqlalchemy.pool"):
         # What becomes of a connection is told by our own events, once; these tell it with tracebacks, several times.
         logging.getLogger(name).setLevel(logging.CRITICAL)
     structlog.contextvars.clear_contextvars()

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any, Final
 
 # For what does not end even when it is cancelled: it shall not keep the process from ending.
-_CANCEL_SECONDS: Final = 5.0
+_CANCEL_SECONDS: Final = 1.0
 
 
 def stop_requested() -> asyncio.Event:

@@ -14,7 +14,7 @@ import structlog
 from aiohttp import web
 
 from common.admin import Readiness, livez, readyz
-from common.db.engine import create_engine
+from common.db.engine import close_engine, create_engine
 from common.domain.times import render_time
 from common.errors import (
     BodyTooLarge,
@@ -127,8 +127,7 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
         await publisher.drain(_PUBLISH_DRAIN_SECONDS)
         await end_tasks(publishing, 0)
         await app[AUTHENTICATOR].close()
-        await accept_engine.dispose()
-        await engine.dispose()
+        await asyncio.gather(close_engine(accept_engine), close_engine(engine))
 
     return resources
 

@@ -23,18 +23,11 @@ from ops.ports import choose_port, find_obstacle, loopback_url
 from ops.processes import Process, ProcessFailed, Program, stop_all, stop_leftovers, wait_until_answers
 from ops.seed import CURRENCY, SHOP, seed
 from ops.servers import OwnServer, ServerFailed
-from ops.state import FOLDER, Demo, InUse, find_demo, find_or_make_keys, in_use, save_demo
+from ops.state import FOLDER, LOCAL_DEFAULTS, Demo, InUse, find_demo, find_or_make_keys, in_use, save_demo
 from ops.welcome import render_welcome
 
 _GATEWAYS: Final = ("gateway-1", "gateway-2")
 _ROLES: Final = ("settle", "callbacks", "sweep")
-
-# What differs from production because merchant and product share a machine; the environment has the last word.
-_DEFAULTS: Final = {
-    "PAYOUTS_CALLBACK_PRIVATE_ADDRESSES": "1",
-    "PAYOUTS_CALLBACK_PORTS": "",
-    "PAYOUTS_DRAIN_SECONDS": "5",
-}
 
 _ALONE: Final = "PostgreSQL alone carries the work"
 
@@ -111,7 +104,7 @@ class Stack:
         given = self._environ.get("DATABASE_URL")
         keys = find_or_make_keys(self._folder)
         environment = {
-            **_DEFAULTS,
+            **LOCAL_DEFAULTS,
             **keys,
             **self._environ,
             "DATABASE_URL": given or await self._start(running, database.own_database(self._folder)),

@@ -16,6 +16,13 @@ from common.sealing import KEY_BYTES
 CHECKOUT: Final = Path(__file__).resolve().parent.parent
 FOLDER: Final = CHECKOUT / ".local"
 
+# What differs from production because merchant and product share a machine; the environment has the last word.
+LOCAL_DEFAULTS: Final = {
+    "PAYOUTS_CALLBACK_PRIVATE_ADDRESSES": "1",
+    "PAYOUTS_CALLBACK_PORTS": "",
+    "PAYOUTS_DRAIN_SECONDS": "5",
+}
+
 
 class InUse(Exception):
     """Another process works with this folder."""

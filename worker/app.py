@@ -8,7 +8,7 @@ from typing import Final, Protocol
 from uuid import UUID
 
 from common.admin import Readiness, admin_server
-from common.db.engine import Engine, create_engine
+from common.db.engine import Engine, close_engine, create_engine
 from common.errors import Transient
 from common.log import LogEvent, get_logger
 from common.messaging.consumer import Consumer
@@ -134,7 +134,7 @@ async def run_worker(settings: Settings, roles: Sequence[str], *, schema_revisio
             application=f"payouts-{'-'.join(roles)}",
             pool_max=settings.database_pool_max,
         )
-        resources.push_async_callback(engine.dispose)
+        resources.push_async_callback(close_engine, engine)
         worker = Worker(settings)
         await worker.open(resources, engine, roles)
         get_logger().info(LogEvent.PROCESS_STARTED, roles=list(roles))

@@ -1,5 +1,6 @@
 """The way into PostgreSQL: connections with their limits, transactions with a bounded repeat, errors translated once."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 
@@ -10,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from common.errors import AccountBusy, DatabaseSlow, DatabaseUnavailable
+from common.process import end_tasks
 from common.settings import Settings
 
 Tx = AsyncConnection
@@ -26,6 +28,8 @@ _STATEMENT_TIMED_OUT: Final = "57014"
 
 # Everything these do goes by index; without statistics the planner may think otherwise.
 _BY_INDEX_ONLY: Final = frozenset({"payouts_gateway", "payouts_worker"})
+
+_CLOSE_SECONDS: Final = 2.0
 
 ATTEMPTS_MAX: Final = 5
 # Where somebody waits for an answer that asking again later would give as well.
@@ -67,6 +71,11 @@ def create_engine(settings: Settings, *, role: str, application: str, pool_max: 
             },
         },
     )
+
+
+async def close_engine(engine: Engine) -> None:
+    """Close a pool, but not for long: a server that has fallen silent answers no good-bye."""
+    await end_tasks([asyncio.create_task(engine.dispose())], _CLOSE_SECONDS)
 
 
 async def in_transaction(engine: Engine, work: Callable[[Tx], Awaitable[_T]], attempts_max: int = ATTEMPTS_MAX) -> _T:

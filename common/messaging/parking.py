@@ -15,8 +15,9 @@ from typing import Any, Final
 from uuid import uuid4
 
 from aio_pika import DeliveryMode, Message
-from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage
 from aiormq.abc import DeliveredMessage
+from aiormq.exceptions import InvalidFrameError
 from pamqp.commands import Basic
 from pamqp.encode import field_table
 
@@ -84,20 +85,35 @@ async def count_parked(channel: AbstractChannel, topology: Topology) -> int:
     return queue.declaration_result.message_count or 0
 
 
+class UndecodableParked(Exception):
+    """The next message cannot be decoded by this client; it and those behind it were not shown. The connection is gone."""
+
+    def __init__(self, judged: "list[tuple[Parked, Verdict]]") -> None:
+        super().__init__("a parked message cannot be decoded")
+        self.judged = judged
+
+
 async def judge_parked(
     channel: AbstractChannel, topology: Topology, judge: Judge, *, messages_max: int
 ) -> list[tuple[Parked, Verdict]]:
     """Show parked messages to `judge`, the oldest first, and do what it says; what is replayed is confirmed before it goes.
 
     Interrupted at any moment: every message is where it was, or where it shall be, or, for a moment, both.
-    Raises: `aio_pika.exceptions.AMQPError`; of it `PublishError` when no queue takes a message (the channel has returns on).
+    Raises: `UndecodableParked`; `aio_pika.exceptions.AMQPError`, of it `PublishError` when no queue takes a message (the
+    channel has returns on).
     """
     queue = await channel.get_queue(topology.parked, ensure=False)
     exchange = await channel.get_exchange(topology.exchange, ensure=False)
     judged: list[tuple[Parked, Verdict]] = []
     kept: list[AbstractIncomingMessage] = []
     try:
-        while len(judged) < messages_max and (message := await queue.get(fail=False)) is not None:
+        while len(judged) < messages_max:
+            try:
+                message = await queue.get(fail=False)
+            except InvalidFrameError as error:
+                raise UndecodableParked(judged) from error
+            if message is None:
+                break
             parked = parse_parked(message)
             verdict = judge(parked)
             if verdict is None:
@@ -114,7 +130,8 @@ async def judge_parked(
                 await exchange.publish(copy, parked.queue, timeout=_CONFIRM_SECONDS)
             await message.ack()
     finally:
-        for message in kept:
+        # On a dead channel the broker takes everything back by itself.
+        for message in kept if not channel.is_closed else ():
             if max(_deliveries(message)) < LOOKS_MAX:
                 await message.nack(requeue=True)
             else:
@@ -123,6 +140,33 @@ async def judge_parked(
                 await message.ack()
     await _wait_until_back(channel, topology, len(kept))
     return judged
+
+
+async def drop_undecodable(
+    connection: AbstractConnection, taking: AbstractConnection, topology: Topology, *, behind: int
+) -> bool:
+    """Drop the message behind so many that can be decoded, unseen, if it can not; whether that was so.
+
+    One connection holds what is in front of it, the other takes it for good, and breaks over it.
+    """
+    channel = await connection.channel(on_return_raises=True)
+    queue = await channel.get_queue(topology.parked, ensure=False)
+    held = [await queue.get(fail=False) for _ in range(behind)]
+    next_channel = await taking.channel()
+    try:
+        message = await (await next_channel.get_queue(topology.parked, ensure=False)).get(no_ack=True, fail=False)
+    except InvalidFrameError:
+        return True
+    finally:
+        for one in held:
+            if one is not None:
+                await one.nack(requeue=True)
+        await _wait_until_back(channel, topology, len(held))
+    if message is not None:
+        # Somebody else was here meanwhile: it can be decoded, so it goes back.
+        exchange = await channel.get_exchange(topology.exchange, ensure=False)
+        await exchange.publish(_copy(message, _DELIVERIES), topology.parked, timeout=_CONFIRM_SECONDS)
+    return False
 
 
 async def _wait_until_back(channel: AbstractChannel, topology: Topology, count: int) -> None:

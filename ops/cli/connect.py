@@ -14,8 +14,8 @@ from common.db.engine import Engine, create_engine
 from common.sealing import KEY_BYTES, Keyring
 from common.settings import Settings, SettingsInvalid
 from ops.apt import NO_INSTALL
-from ops.cli.errors import EXPLAINED, Refused, Unreachable, explain
-from ops.state import FOLDER, find_demo, find_or_make_keys
+from ops.cli.errors import EXPLAINED, NeverReached, Refused, Unreachable, explain
+from ops.state import FOLDER, LOCAL_DEFAULTS, find_demo, find_or_make_keys
 
 OPS: Final = "payouts_ops"
 READONLY: Final = "payouts_readonly"
@@ -68,7 +68,7 @@ def read_environment() -> dict[str, str]:
         demo = find_demo(FOLDER)
         if demo is None:
             raise Refused("DATABASE_URL is not set, and no stack has run on this machine (`make run` starts one)")
-        theirs = {**find_or_make_keys(FOLDER), "AMQP_URL": demo.amqp_url or ""}
+        theirs = {**LOCAL_DEFAULTS, **find_or_make_keys(FOLDER), "AMQP_URL": demo.amqp_url or ""}
         environment = {**theirs, **environment, "DATABASE_URL": demo.database_url}
     try:
         make_url(environment["DATABASE_URL"])
@@ -82,6 +82,8 @@ def _unsure_when_unreachable() -> Iterator[None]:
     """A commit whose answer was lost may have happened; whoever simply repeats it may do it twice."""
     try:
         yield
+    except NeverReached:
+        raise
     except Unreachable as error:
         raise Unreachable(f"{error.message}; it may have been done, look before you repeat it") from error
 

@@ -50,8 +50,9 @@ async def _look(settings: Settings, management_url: str | None) -> list[Finding]
     topology = Topology(settings.amqp_queue_prefix, settings.amqp_shards)
     findings = list(check_settings(settings))
     findings += [finding async for finding in check_database(settings)]
-    findings += [finding async for finding in check_broker(settings, topology)]
-    if settings.amqp_urls:
+    broker_findings = [finding async for finding in check_broker(settings, topology)]
+    findings += broker_findings
+    if any(finding.subject.startswith("exchange") for finding in broker_findings):
         findings += [finding async for finding in _look_behind(settings, topology, management_url)]
     return findings
 

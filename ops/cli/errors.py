@@ -28,6 +28,10 @@ class Unreachable(click.ClickException):
     exit_code = 3
 
 
+class NeverReached(Unreachable):
+    """The same, and nothing had been asked yet."""
+
+
 # What work on the database may raise, and `explain` knows.
 EXPLAINED: Final = (PayoutsError, OnboardingRefused, SQLAlchemyError, OSError, TimeoutError)
 

@@ -19,7 +19,15 @@ from common.db.ledger import append_audit
 from common.domain.ids import EVENT, PAYOUT, render_id
 from common.errors import UnreadableMessage
 from common.messaging.codec import parse_work
-from common.messaging.parking import Judge, Parked, Verdict, count_parked, judge_parked
+from common.messaging.parking import (
+    Judge,
+    Parked,
+    UndecodableParked,
+    Verdict,
+    count_parked,
+    drop_undecodable,
+    judge_parked,
+)
 from common.messaging.topology import Topology, Work
 from ops.cli.broker import broker_connection
 from ops.cli.connect import read_settings, run_changing, run_explained
@@ -28,6 +36,7 @@ from ops.cli.options import actor_option, json_option, reason_option
 from ops.cli.output import Record, show_record, show_records
 
 _OPEN_SECONDS: Final = 10.0
+_BEHIND: Final = "behind these is one that cannot be decoded; `payouts parked drop --undecodable` forgets it"
 _BODY_CHARACTERS_SHOWN: Final = 8 * 1024
 _PREFIXES: Final = {Work.SETTLE: PAYOUT, Work.CALLBACK: EVENT}
 
@@ -92,11 +101,20 @@ def replay_parked_command(
 @parked_group.command("drop")
 @click.argument("message_ids", metavar="[ID]...", nargs=-1)
 @all_option
+@click.option("--undecodable", is_flag=True, help="The first message that no client library can decode, unseen.")
 @reason_option
 @actor_option
 @json_option
-def drop_parked_command(message_ids: tuple[str, ...], everything: bool, reason: str, actor: str, as_json: bool) -> None:
+def drop_parked_command(
+    message_ids: tuple[str, ...], everything: bool, undecodable: bool, reason: str, actor: str, as_json: bool
+) -> None:
     """Forget messages. The payouts and callbacks that they name are found by the workers' scan."""
+    if undecodable:
+        if everything or message_ids:
+            raise click.UsageError("--undecodable stands alone")
+        run_changing(lambda engine: _drop_undecodable(engine, reason=reason, actor=actor))
+        show_record({"dropped": 1, "kept": 0}, as_json=as_json)
+        return
     _change(
         "drop",
         lambda _: lambda _: Verdict.DROP,
@@ -114,9 +132,37 @@ def _look(judge: Judge, *, messages_max: int | None = None) -> list[tuple[Parked
     async def work() -> list[tuple[Parked, Verdict]]:
         async with _parking() as (channel, topology, count):
             wanted = count if messages_max is None else min(count, messages_max)
-            return await judge_parked(channel, topology, judge, messages_max=wanted)
+            try:
+                return await judge_parked(channel, topology, judge, messages_max=wanted)
+            except UndecodableParked as error:
+                click.echo(f"payouts parked: {_BEHIND}", err=True)
+                return error.judged
 
     return run_explained(work())
+
+
+async def _drop_undecodable(engine: Engine, *, reason: str, actor: str) -> None:
+    async with _parking() as (channel, topology, count):
+        try:
+            await judge_parked(channel, topology, lambda _: Verdict.KEEP, messages_max=count)
+            raise Refused("every parked message can be decoded")
+        except UndecodableParked as error:
+            behind = len(error.judged)
+    await in_transaction(
+        engine,
+        lambda tx: append_audit(
+            tx,
+            actor=actor,
+            action="parked.drop",
+            subject=topology.parked,
+            reason=reason,
+            detail={"messages": "undecodable"},
+        ),
+    )
+    settings = read_settings()
+    async with broker_connection(settings) as holding, broker_connection(settings) as taking:
+        if not await drop_undecodable(holding, taking, topology, behind=behind):
+            raise Refused("somebody else is at work on the parked messages; repeat the command")
 
 
 def _change(
@@ -156,8 +202,13 @@ def _change(
                 unseen.discard(message.id)
                 return judge(message) if everything or message.id in message_ids else Verdict.KEEP
 
-            return await judge_parked(channel, topology, judge_wanted, messages_max=count)
+            try:
+                return await judge_parked(channel, topology, judge_wanted, messages_max=count)
+            except UndecodableParked as error:
+                stopped.append(_BEHIND)
+                return error.judged
 
+    stopped: list[str] = []
     judged = run_changing(work)
     kept = [m for m, verdict in judged if verdict is Verdict.KEEP and (everything or m.id in message_ids)]
     done = sum(verdict is not Verdict.KEEP for _, verdict in judged)
@@ -165,6 +216,7 @@ def _change(
     missing = [name for name in message_ids if name not in {message.id for message, _ in judged}]
     complaints = [f"not parked, or looked at by somebody else: {', '.join(missing)}"] if missing else []
     complaints += [f"nobody knows where to send: {', '.join(m.id for m in kept)}"] if kept else []
+    complaints += stopped
     if complaints:
         raise CheckFailed("; ".join(complaints))
 

@@ -4,13 +4,14 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
 
 import aiohttp
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractQueue
-from aio_pika.exceptions import AMQPError, ChannelInvalidStateError
+from aio_pika.exceptions import AMQPError, ChannelInvalidStateError, PublishError
 from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity
 from yarl import URL
 
@@ -94,12 +95,27 @@ async def _check_topology(connection: AbstractConnection, topology: Topology) ->
         lambda channel: channel.declare_exchange(topology.exchange, passive=True),
         lambda _: Finding(exchange, Verdict.GOOD, "there"),
     )
+    yield await _look(
+        connection,
+        f"rights on {topology.exchange}",
+        partial(_may_publish, topology),
+        lambda _: Finding(f"rights on {topology.exchange}", Verdict.GOOD, "this login may publish"),
+    )
     for name in topology.all_queues():
         yield await _look(
             connection,
             f"queue {name}",
             partial(_find_queue, name),
             partial(_judge_queue, topology=topology),
+        )
+
+
+async def _may_publish(topology: Topology, channel: AbstractChannel) -> None:
+    """Publish to nobody, who sends it back. Raises: `ChannelAccessRefused`."""
+    underlay = await channel.get_underlay_channel()
+    with suppress(PublishError):
+        await underlay.basic_publish(
+            b"", exchange=topology.exchange, routing_key=f"{topology.parked}.nobody", mandatory=True
         )
 
 
@@ -116,13 +132,13 @@ async def _look(
     """Judge what is found, on a channel of its own: a refusal closes it. Whoever raised an alarm opens none."""
     try:
         async with asyncio.timeout(_TIMEOUT_SECONDS):
-            channel = await connection.channel()
+            channel = await connection.channel(on_return_raises=True)
             found = await find(channel)
             await channel.close()
     except ChannelNotFoundEntity:
         return Finding(subject, Verdict.WRONG, "missing", _MAKE)
     except ChannelAccessRefused:
-        return Finding(subject, Verdict.LOOK, "this login may not look", "ask with another login")
+        return Finding(subject, Verdict.LOOK, "this login may not", "its rights: deploy/rabbitmq/users.py")
     except (AMQPError, ChannelInvalidStateError, OSError, TimeoutError) as error:
         return Finding(subject, Verdict.WRONG, f"no answer: {name_error(error)}", "rabbitmq-diagnostics check_alarms")
     return judge(found)

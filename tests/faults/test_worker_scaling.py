@@ -11,10 +11,13 @@ from common.messaging.topology import Work
 from tests.broker import Broker
 from tests.factories import fetch
 from tests.faults.amqp_proxy import CONNECTION_CLOSE, DELIVER, START_OK, Way, amqp_proxy
+from tests.faults.proxy import proxy as database_proxy
 from tests.faults.scene import LAG_SECONDS_MAX, SHORT_LEASES, Scene, scene
 from tests.stack import Process, eventually, http_status
 
 SILENT = "01712340201"
+# To tasks that hang on a silent peer, to the broker's connections, to the database's.
+GOOD_BYES_SECONDS_MAX = 10.0
 
 
 @pytest.fixture
@@ -117,6 +120,27 @@ async def test_begins_nothing_more_while_it_leaves(stage: Scene) -> None:
     assert rows[0].n == 0, "a call was begun that nobody finished"
     assert len(await fetch(stage.owner, "SELECT 1 FROM payouts WHERE state = 'queued'")) >= 15
     await _others_take_over(stage, gateway)
+
+
+async def test_leaves_when_neither_database_nor_broker_answer(stage: Scene, database_url: str) -> None:
+    """Fault: SIGTERM to gateway and worker while PostgreSQL and RabbitMQ have fallen silent, with everything in flight."""
+    drain = {"PAYOUTS_DRAIN_SECONDS": "2", "PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS": "20"}
+    async with database_proxy(database_url) as database, amqp_proxy(stage.broker.url) as broker:
+        gateway, worker = await stage.start_all(DATABASE_URL=database.url, AMQP_URL=broker.url, **drain)
+        await stage.assert_work_flows(gateway, worker)
+        async with stage.load(per_second=60):
+            await stage.answered(60)
+            other = await stage.start("gateway")
+            broker.go_dark()
+            database.delay(60)
+            began = monotonic()
+            assert tuple(await asyncio.gather(gateway.stop(), worker.stop())) == (0, 0)
+            assert monotonic() - began < 2 + GOOD_BYES_SECONDS_MAX
+            database.delay(0)
+    await stage.travel()
+    worker = await stage.start("worker", "all")
+    await stage.assert_work_flows(other, worker)
+    await stage.assert_all_well()
 
 
 async def test_leaves_at_once_at_the_second_signal(stage: Scene) -> None:

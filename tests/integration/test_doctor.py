@@ -84,7 +84,11 @@ async def test_broker_and_queues_are_looked_at(
     assert (missing.code, missing.err.count("\n")) == (1, 1)
     queues = {f"queue {name}" for name in topology.all_queues()}
     wrong = {what for what, verdict in verdicts(missing).items() if verdict == "wrong"}
-    assert wrong - {"durability"} == {f"exchange {topology.exchange}", *queues}
+    assert wrong - {"durability"} == {
+        f"exchange {topology.exchange}",
+        f"rights on {topology.exchange}",
+        *queues,
+    }
     assert verdicts(missing)["limits"] == "look"
 
     await declare(channel, topology)

@@ -4,12 +4,14 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import uuid4
 
 import aio_pika
 import pytest
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
+from pamqp import encode
 
 from common.domain.ids import PAYOUT, render_id
 from common.messaging.codec import WorkMessage, render_message
@@ -49,6 +51,15 @@ class Lot:
         )
         exchange = await self.channel.get_exchange(self.topology.exchange, ensure=False)
         await exchange.publish(message, self.topology.parked)
+
+    async def park_undecodable(self) -> None:
+        """A message whose timestamp no calendar has."""
+        written = encode.METHODS["timestamp"]
+        encode.METHODS["timestamp"] = lambda _: (2**62).to_bytes(8, "big")
+        try:
+            await self.park(b"undecodable", timestamp=datetime.now(UTC))
+        finally:
+            encode.METHODS["timestamp"] = written
 
     async def take(self, name: str) -> list[AbstractIncomingMessage]:
         """Everything in a queue, which is empty afterwards."""
@@ -271,3 +282,34 @@ async def test_a_broker_out_of_reach_is_exit_code_3_and_keeps_its_password(datab
 
     ended.assert_refused("the broker cannot be reached", code=3)
     assert "hunter2" not in ended.err
+
+
+async def test_a_message_that_cannot_be_decoded_is_named_and_stepped_over(lot: Lot) -> None:
+    """Such a one breaks the connection of whoever takes it; the broker's delivery limit puts it aside."""
+    await lot.park(b"before", message_id="m-1")
+    await lot.park_undecodable()
+    await lot.park(b"behind", message_id="m-2")
+
+    listed = await lot.run("list")
+    assert (listed.code, "m-1" in listed.out, "m-2" in listed.out) == (0, True, False)
+    assert "drop --undecodable" in listed.err
+    stopped = await lot.run("drop", "--all", *BECAUSE)
+    assert (stopped.code, "dropped  1" in stopped.out, "drop --undecodable" in stopped.err) == (1, True, True)
+
+    await lot.park(b"poison", message_id="m-3")
+    assert (await lot.run("drop", "--undecodable", *BECAUSE, "--json")).document == {"dropped": 1, "kept": 0}
+
+    assert ids(await lot.listed()) == ["m-2", "m-3"]
+    (await lot.run("drop", "--undecodable", *BECAUSE)).assert_refused("every parked message can be decoded")
+    (await lot.run("drop", "--undecodable", "--all", *BECAUSE)).assert_refused("stands alone")
+
+
+async def test_what_stands_before_an_undecodable_message_stays(lot: Lot) -> None:
+    for number in range(3):
+        await lot.park(b"before", message_id=f"m-{number}")
+    await lot.park_undecodable()
+    await lot.park(b"behind", message_id="m-9")
+
+    assert (await lot.run("drop", "--undecodable", *BECAUSE, "--json")).document == {"dropped": 1, "kept": 0}
+
+    assert sorted(ids(await lot.listed())) == ["m-0", "m-1", "m-2", "m-9"]
