@@ -8,7 +8,7 @@
     │   ├── NotFound                  PayoutNotFound · RouteNotFound
     │   ├── InvalidRequest
     │   ├── RuleBroken                ShopNotFound · DefaultShopMissing · ShopCurrencyMismatch · ExternalIdReused ·
-    │   │                             InsufficientBalance
+    │   │                             InsufficientBalance · NotCancelable
     │   └── MethodNotAllowed · BodyTooLarge · UnsupportedMediaType · UnreadableRequest · RateLimited
     ├── Transient                     the world is wrong for now: repeating is safe and may help
     │   └── Overloaded · AccountBusy · DatabaseUnavailable · DatabaseSlow · BrokerUnavailable
@@ -144,6 +144,12 @@ class InsufficientBalance(RuleBroken):
 
     def __init__(self, required: str, available: str) -> None:
         super().__init__(f"Insufficient balance. Required {required}, available {available}.")
+
+
+class NotCancelable(RuleBroken):
+    """The payout is, or may be, at its rail already, or it has ended otherwise."""
+
+    reason, message = "not_cancelable", "Payout can no longer be canceled"
 
 
 class MethodNotAllowed(Rejected):

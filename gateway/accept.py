@@ -10,6 +10,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from time import monotonic
 from typing import Any, Final
 from uuid import UUID
@@ -26,8 +27,10 @@ from common.errors import (
     AccessDenied,
     AccountBusy,
     ExternalIdReused,
+    FieldError,
     InsufficientBalance,
     InvalidApiKey,
+    InvalidRequest,
     InvariantViolated,
     Overloaded,
     PayoutsError,
@@ -54,6 +57,7 @@ class Order:
     payment_data_digest: bytes | None = field(repr=False)
     callback_url: str | None
     details: dict[str, Any] | None
+    expires_at: datetime | None = None
     traceparent: str | None = None
 
     @property
@@ -288,6 +292,8 @@ def _decide(
     if payout is not None:
         differing = _differing_fields(order, payout)
         return ExternalIdReused(differing) if differing else Accepted(payout, replayed=payout.id != order.id)
+    if order.expires_at is not None and order.expires_at <= locked.locked_at:
+        return InvalidRequest(FieldError("expires_at", "expires_at must be a time in the future"))
     account, exponent = locked.account, order.shop.currency_exponent
     if order.amount_minor > account.spendable_minor:
         return InsufficientBalance(
@@ -328,6 +334,7 @@ def _new_payout(order: Order, locked: LockedAccount) -> Payout:
         created_at=locked.locked_at,
         updated_at=locked.locked_at,
         finalized_at=None,
+        expires_at=order.expires_at,
     )
 
 
@@ -346,5 +353,6 @@ def _stored(order: Order, hold: Entry) -> NewPayout:
         callback_url=order.callback_url,
         details=order.details_json,
         rail=order.shop.rail,
+        expires_at=order.expires_at,
         hold=hold,
     )

@@ -14,6 +14,7 @@ import structlog
 from aiohttp import web
 
 from common.admin import Readiness, livez, readyz
+from common.db.callbacks import Event, ids_to_tell
 from common.db.engine import close_engine, create_engine
 from common.domain.times import render_time
 from common.errors import (
@@ -38,8 +39,8 @@ from gateway.accept import Acceptor, Order
 from gateway.auth import Authenticator, Caller, read_credentials
 from gateway.balance import show_balance
 from gateway.errors import REQUEST_ID, SERVER, render_error
-from gateway.keys import ACCEPTOR, AUTHENTICATOR, ENGINE, KEYRING, READINESS, SETTINGS
-from gateway.payouts import create_payout, show_payout
+from gateway.keys import ACCEPTOR, AUTHENTICATOR, ENGINE, KEYRING, READINESS, SETTINGS, TELL_EVENTS
+from gateway.payouts import cancel_payout, create_payout, list_payout_events, show_payout
 
 PREFIX: Final = "/api/v1"
 BODY_BYTES_MAX: Final = 64 * 1024
@@ -61,6 +62,8 @@ class Endpoint:
 ENDPOINTS: Final = (
     Endpoint("POST", "/payouts", "payouts:write", True, create_payout),
     Endpoint("GET", "/payouts/{external_id}", "payouts:read", True, show_payout),
+    Endpoint("POST", "/payouts/{external_id}/cancel", "payouts:write", False, cancel_payout),
+    Endpoint("GET", "/payouts/{external_id}/events", "payouts:read", False, list_payout_events),
     Endpoint("GET", "/balance", "balance:read", True, show_balance),
 )
 
@@ -116,6 +119,7 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
             wait_seconds=settings.accept_wait_seconds_max,
             tell=partial(_tell, publisher) if settings.amqp_urls else lambda _: None,
         )
+        app[TELL_EVENTS] = partial(_tell_events, publisher) if settings.amqp_urls else lambda _: None
         # The broker may come later, or never: accepting does not need it.
         links = [Link("publish", settings.amqp_urls, publisher.session)] if settings.amqp_urls else []
         readiness.watch(links)
@@ -136,6 +140,11 @@ def _tell(publisher: Publisher, orders: Sequence[Order]) -> None:
     """After the commit: have the payouts settled now, with the trace contexts of the requests that brought them."""
     traceparents = [order.traceparent for order in orders if order.traceparent is not None]
     publisher.offer(Work.SETTLE, [(order.id, order.shop.id) for order in orders], traceparents)
+
+
+def _tell_events(publisher: Publisher, events: Sequence[Event]) -> None:
+    """After the commit: have the callbacks of these events sent now."""
+    publisher.offer(Work.CALLBACK, ids_to_tell(events))
 
 
 def _guarded(endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.Response]]:

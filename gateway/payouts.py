@@ -1,4 +1,4 @@
-"""`POST /payouts` and `GET /payouts/{external_id}`."""
+"""`POST /payouts`, and one payout: looked up, canceled, its history."""
 
 import json
 import re
@@ -8,9 +8,10 @@ from typing import Final
 from aiohttp import web
 from jsonschema import Draft202012Validator
 
-from common.db.engine import READ_ATTEMPTS_MAX, in_transaction
+from common.canceling import cancel
+from common.db.engine import READ_ATTEMPTS_MAX, Tx, in_transaction
 from common.db.merchants import Shop
-from common.db.payouts import find_payout
+from common.db.payouts import PastMove, Payout, find_moves, find_payout
 from common.domain.ids import new_id
 from common.domain.money import parse_amount
 from common.domain.payout import mask_recipient
@@ -20,8 +21,8 @@ from common.sealing import Keyring
 from gateway.accept import Order
 from gateway.auth import Caller
 from gateway.errors import json_response
-from gateway.keys import ACCEPTOR, AUTHENTICATOR, ENGINE, KEYRING, SETTINGS
-from gateway.schemas import AMOUNT_INVALID, CreatePayout, parse_create_payout, read_query, render_payout
+from gateway.keys import ACCEPTOR, AUTHENTICATOR, ENGINE, KEYRING, SETTINGS, TELL_EVENTS
+from gateway.schemas import AMOUNT_INVALID, CreatePayout, parse_create_payout, read_query, render_history, render_payout
 
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 
@@ -48,17 +49,51 @@ async def create_payout(request: web.Request, caller: Caller, body: bytes) -> we
 
 async def show_payout(request: web.Request, caller: Caller, _body: bytes) -> web.Response:
     """`GET /payouts/{external_id}`: the payout as it is now, in the scope of the resolved shop."""
-    app = request.app
-    shop = await app[AUTHENTICATOR].resolve_shop(caller, read_query(request, "shop_code"))
-    external_id = request.match_info["external_id"]
-    payout = None
-    if "\x00" not in external_id:
-        payout = await in_transaction(
-            app[ENGINE], lambda tx: find_payout(tx, shop.id, external_id), attempts_max=READ_ATTEMPTS_MAX
-        )
+    shop, external_id = await _resolve(request, caller)
+    payout = await in_transaction(
+        request.app[ENGINE], lambda tx: find_payout(tx, shop.id, external_id), attempts_max=READ_ATTEMPTS_MAX
+    )
     if payout is None:
         raise PayoutNotFound
     return json_response(render_payout(payout, shop))
+
+
+async def cancel_payout(request: web.Request, caller: Caller, _body: bytes) -> web.Response:
+    """`POST /payouts/{external_id}/cancel`: 200 when it is canceled and its money is available again.
+
+    Repeat: 200 again. Raises: `NotCancelable` from the moment on that a worker has taken it.
+    """
+    app = request.app
+    shop, external_id = await _resolve(request, caller)
+    wait_seconds = app[SETTINGS].database_lock_timeout_seconds
+    payout, events = await in_transaction(
+        app[ENGINE], lambda tx: cancel(tx, shop.id, external_id, wait_seconds=wait_seconds)
+    )
+    app[TELL_EVENTS](events)
+    return json_response(render_payout(payout, shop))
+
+
+async def list_payout_events(request: web.Request, caller: Caller, _body: bytes) -> web.Response:
+    """`GET /payouts/{external_id}/events`: what became of it, oldest first; `sequence` as callbacks carry it."""
+
+    async def work(tx: Tx) -> tuple[Payout, list[PastMove]]:
+        payout = await find_payout(tx, shop.id, external_id)
+        if payout is None:
+            raise PayoutNotFound
+        return payout, await find_moves(tx, payout.id, shop.id)
+
+    shop, external_id = await _resolve(request, caller)
+    payout, moves = await in_transaction(request.app[ENGINE], work, attempts_max=READ_ATTEMPTS_MAX)
+    return json_response({"data": render_history(payout, moves)})
+
+
+async def _resolve(request: web.Request, caller: Caller) -> tuple[Shop, str]:
+    """The shop that a look-up is about, and the merchant's id of the payout."""
+    shop = await request.app[AUTHENTICATOR].resolve_shop(caller, read_query(request, "shop_code"))
+    external_id = request.match_info["external_id"]
+    if "\x00" in external_id:
+        raise PayoutNotFound
+    return shop, external_id
 
 
 def place_order(
@@ -91,6 +126,7 @@ def place_order(
         ),
         callback_url=create.callback_url,
         details=create.details or None,
+        expires_at=create.expires_at,
         traceparent=traceparent,
     )
 

@@ -3,19 +3,20 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final, NoReturn
 
 from aiohttp import web
 
 from common.db.merchants import Shop
-from common.db.payouts import Payout
+from common.db.payouts import PastMove, Payout
 from common.domain.addresses import parse_callback_url
 from common.domain.ids import PAYOUT, render_id
 from common.domain.money import CURRENCY_EXPONENTS, parse_amount, render_amount
-from common.domain.payout import render_failure
-from common.domain.times import render_time
+from common.domain.payout import State, render_failure
+from common.domain.times import parse_time, render_time
 from common.errors import FieldError, InvalidRequest
 
 DEPTH_MAX: Final = 32
@@ -46,6 +47,7 @@ class CreatePayout:
     shop_code: str | None
     payment_data: dict[str, Any] | None
     details: dict[str, Any]
+    expires_at: datetime | None = None
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:
@@ -130,6 +132,7 @@ def parse_create_payout(body: bytes, *, private_callbacks: bool, callback_ports:
         shop_code=fields.shop_code(),
         payment_data=fields.payment_data(),
         details=fields.details(),
+        expires_at=fields.expires_at(),
     )
     if fields.errors:
         raise InvalidRequest(*fields.errors)
@@ -213,6 +216,15 @@ class _Fields:
             details["metadata"] = metadata
         return details
 
+    def expires_at(self) -> datetime | None:
+        value = self._values.get("expires_at")
+        if value is None:
+            return None
+        moment = parse_time(value) if isinstance(value, str) else None
+        if moment is None:
+            self._refuse("expires_at", "expires_at must be an RFC 3339 time such as 2026-01-31T12:00:00Z")
+        return moment
+
     def _text(self, name: str, characters_max: int) -> str:
         value = self._values[name]
         if not isinstance(value, str) or len(value) > characters_max:
@@ -261,6 +273,21 @@ def render_payout(payout: Payout, shop: Shop) -> dict[str, Any]:
         "provider_reference": payout.provider_reference,
         "created_at": render_time(payout.created_at),
         "updated_at": render_time(payout.updated_at),
+        "expires_at": None if payout.expires_at is None else render_time(payout.expires_at),
         "finalization_date": None if payout.finalized_at is None else render_time(payout.finalized_at),
     }
     return {name: value for name, value in shown.items() if value is not None}
+
+
+def render_history(payout: Payout, moves: Sequence[PastMove]) -> list[dict[str, Any]]:
+    """Where a payout has been, from its creation on."""
+    places = [PastMove(1, State.QUEUED, payout.created_at), *moves]
+    return [
+        {
+            "sequence": move.version,
+            "status": move.state.status,
+            **({} if move.state.stage is None else {"stage": move.state.stage}),
+            "at": render_time(move.at),
+        }
+        for move in places
+    ]

@@ -81,11 +81,11 @@ class Worker:
                 self._topology, Work.CALLBACK, deliverer.claim_messages, self._publisher
             )
         if "sweep" in roles:
-            self.roles["sweep"] = Sweeper(engine)
+            self.roles["sweep"] = Sweeper(engine, tell=self._tell)
 
     def links(self) -> list[Link]:
         """The connections to RabbitMQ that the roles need; none without `AMQP_URL`. Publishing has one of its own."""
-        if not self._settings.amqp_urls or not self._consumers:
+        if not self._settings.amqp_urls:
             return []
         urls = self._settings.amqp_urls
         consuming = [Link(f"consume {work.name.lower()}", urls, c.session) for work, c in self._consumers.items()]

@@ -13,6 +13,7 @@ from common.domain.ids import PAYOUT, render_id
 from common.domain.payout import FAILURES, State
 from common.domain.schedule import look_up_delay, submit_delay
 from common.log import LogEvent, get_logger
+from common.moving import Conclusion
 from worker.rails import Answer, Outcome
 
 # As the schema has them.
@@ -43,15 +44,6 @@ class Ended:
 
     call: Call
     answer: Answer
-
-
-@dataclass(frozen=True, slots=True)
-class Conclusion:
-    """What follows from an answer: the next state (None: it stays) and the seconds until it is due again (None: never)."""
-
-    state: State | None
-    delay_seconds: float | None
-    failure_code: str | None = None
 
 
 def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | None:

@@ -6,7 +6,7 @@ What an answer means is decided by `worker.conclusions`. A payout whose lease ra
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 from weakref import WeakValueDictionary
 
 from common.batching import Batcher
-from common.db.callbacks import Event, append_events
+from common.db.callbacks import Event, ids_to_tell
 from common.db.due import (
     Claim,
     Claimed,
@@ -25,7 +25,6 @@ from common.db.due import (
     append_attempts,
     claim_due,
     claim_due_ids,
-    delete_due,
     find_contradicted,
     find_histories,
     find_rails_due,
@@ -34,21 +33,20 @@ from common.db.due import (
     reschedule_due,
 )
 from common.db.engine import Engine, Tx, in_transaction
-from common.db.ledger import LockedAccount, lock_accounts
+from common.db.ledger import lock_accounts
 from common.db.payouts import LockedPayout, Move, lock_payouts, save_moves
-from common.domain.ids import PAYOUT, new_id, render_id
-from common.domain.ledger import EntryKind
+from common.domain.ids import PAYOUT, render_id
 from common.domain.payout import State
 from common.domain.schedule import look_up_delay
-from common.domain.telling import event_type, render_payout_event
 from common.errors import AccountBusy, PayoutsError, Transient
 from common.log import LogEvent, get_logger
 from common.messaging.codec import WorkMessage
+from common.moving import Conclusion, carry_out
 from common.process import end_tasks
 from common.recipients import open_recipient
 from common.sealing import Keyring, SealBroken
 from common.settings import Settings
-from worker.conclusions import LOOK_UP, SUBMIT, Call, Conclusion, Ended, conclude, note_contradiction, sane
+from worker.conclusions import LOOK_UP, SUBMIT, Call, Ended, conclude, note_contradiction, sane
 from worker.rails import Answer, Outcome, PaymentOrder, Rail, Rails
 from worker.scanning import OVERDUE_SECONDS
 
@@ -64,6 +62,8 @@ _RECORD_PAUSE_SECONDS: Final = 0.2
 _BUSY_TURN_SECONDS: Final = 0.2
 # How often rails are looked for that have payouts and no longer exist.
 _NO_ROUTE_SECONDS: Final = 5.0
+# How long a payout that has expired is left to the sweep.
+_EXPIRED_SECONDS: Final = 60.0
 
 
 class Settler:
@@ -288,7 +288,7 @@ class Settler:
             lambda tx: record_answers(tx, ended, wait_seconds=wait_seconds),
             attempts_max=_RECORD_ATTEMPTS_MAX,
         )
-        self._tell([(event.id, event.shop_id) for event in recorded.events if event.url is not None])
+        self._tell(ids_to_tell(recorded.events))
         return [item.call.payout.id not in recorded.busy for item in ended]
 
     async def _record_busy(self, ended: Sequence[Ended]) -> list[bool]:
@@ -333,7 +333,7 @@ async def claim_calls(
     shop_ids = claimed.shop_ids
     if not shop_ids:
         return claimed, []
-    payouts = await lock_payouts(tx, shop_ids)
+    payouts = await lock_payouts(tx, shop_ids, to_send=True)
     histories = await find_histories(tx, shop_ids)
     lost = [(p, histories[p.id]) for p in payouts if p.id in histories and histories[p.id].outcome is None]
     await finish_attempts(
@@ -341,9 +341,13 @@ async def claim_calls(
     )
     moves: list[Move] = []
     calls: list[Call] = []
+    expired: list[UUID] = []
     for payout in payouts:
         if payout.state is State.SENDING:
             moves.append(Move(payout, State.VERIFYING))
+            continue
+        if payout.state is State.QUEUED and payout.has_expired:
+            expired.append(payout.id)
             continue
         if payout.state is State.QUEUED:
             moves.append(Move(payout, State.SENDING))
@@ -355,6 +359,8 @@ async def claim_calls(
     )
     abandoned = [move.payout.id for move in moves if move.state is State.VERIFYING]
     await reschedule_due(tx, dict.fromkeys(abandoned, max(look_up_delay(0), lag_seconds)))
+    # The sweep ends them; it comes by sooner.
+    await reschedule_due(tx, dict.fromkeys(expired, _EXPIRED_SECONDS))
     for payout_id in abandoned:
         get_logger().warning(LogEvent.PAYOUT_LEASE_EXPIRED, payout=render_id(PAYOUT, payout_id))
     return claimed, calls
@@ -419,7 +425,7 @@ async def record_answers(tx: Tx, ended: Sequence[Ended], *, wait_seconds: float)
     }
     await finish_attempts(tx, [_finished(item) for item in ended if item.call.payout.id not in busy])
     concluded = [(payouts[key], c) for key, c in conclusions.items() if c is not None and key not in busy]
-    return Recorded(await _apply(tx, concluded, accounts, references), busy)
+    return Recorded(await carry_out(tx, concluded, accounts, references), busy)
 
 
 async def fail_without_route(tx: Tx, *, claim: Claim, after_shop: UUID) -> UUID | None:
@@ -434,7 +440,7 @@ async def fail_without_route(tx: Tx, *, claim: Claim, after_shop: UUID) -> UUID 
         (payout, Conclusion(State.FAILED, None, "no_route")) for payout in payouts if payout.state is State.QUEUED
     ]
     accounts = await lock_accounts(tx, {payout.account_id for payout, _ in queued}, wait_seconds=0)
-    await _apply(tx, [(payout, end) for payout, end in queued if payout.account_id in accounts], accounts, {})
+    await carry_out(tx, [(payout, end) for payout, end in queued if payout.account_id in accounts], accounts, {})
     return claimed.next_shop
 
 
@@ -443,56 +449,3 @@ def _finished(item: Ended) -> FinishedAttempt:
     return FinishedAttempt(
         call.payout.id, call.payout.shop_id, call.attempt_no, answer.outcome, answer.failure_code or answer.detail
     )
-
-
-async def _apply(
-    tx: Tx,
-    concluded: Sequence[tuple[LockedPayout, Conclusion]],
-    accounts: Mapping[int, LockedAccount],
-    provider_references: Mapping[UUID, str | None],
-) -> list[Event]:
-    """Carry conclusions out, and return the events that came of it. The accounts of all that end are locked."""
-    moves = []
-    for payout, conclusion in concluded:
-        if conclusion.state is None:
-            continue
-        resolution = None
-        if conclusion.state.is_final:
-            kind = EntryKind.CAPTURE if conclusion.state is State.SUCCESS else EntryKind.RELEASE
-            resolution = accounts[payout.account_id].account.append(kind, payout.amount_minor)
-        moves.append(
-            Move(payout, conclusion.state, conclusion.failure_code, provider_references.get(payout.id), resolution)
-        )
-    await save_moves(tx, moves)
-    events = list(_events(moves))
-    await append_events(tx, events)
-    await delete_due(tx, [move.payout.id for move in moves if move.state.is_final])
-    await reschedule_due(tx, {payout.id: c.delay_seconds for payout, c in concluded if c.delay_seconds is not None})
-    return events
-
-
-def _events(moves: Iterable[Move]) -> Iterable[Event]:
-    for move in moves:
-        payout = move.payout
-        if not move.state.is_final:
-            continue
-        yield Event(
-            id=new_id(),
-            shop_id=payout.shop_id,
-            payout_id=payout.id,
-            sequence=move.version,
-            type=event_type(move.state),
-            body=render_payout_event(
-                payout_id=payout.id,
-                external_id=payout.external_id,
-                shop_code=payout.shop_code,
-                state=move.state,
-                amount_minor=payout.amount_minor,
-                currency=payout.currency,
-                currency_exponent=payout.currency_exponent,
-                sequence=move.version,
-                failure_code=move.failure_code,
-                updated_at=payout.locked_at,
-            ),
-            url=payout.callback_url or payout.webhook_url,
-        )

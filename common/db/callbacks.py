@@ -1,6 +1,6 @@
 """Events worth telling, the callbacks that tell them, and the log of every attempt."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -21,6 +21,11 @@ class Event:
     type: str
     body: bytes
     url: str | None
+
+
+def ids_to_tell(events: Collection[Event]) -> list[tuple[UUID, UUID]]:
+    """Event and shop of those that somebody is to be called about."""
+    return [(event.id, event.shop_id) for event in events if event.url is not None]
 
 
 _APPEND_EVENTS = text(

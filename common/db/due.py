@@ -214,6 +214,22 @@ async def find_rails_due(tx: Tx) -> list[str]:
     return list(await tx.scalars(_RAILS_DUE))
 
 
+async def find_expired(tx: Tx, *, payouts_max: int) -> list[UUID]:
+    """Payouts whose time is over, the first to expire first; they may have been sent in time.
+
+    Locks: their due rows; those that others hold are left out.
+    """
+    return list(await tx.scalars(_FIND_EXPIRED, {"payouts_max": payouts_max}))
+
+
+_FIND_EXPIRED = text(
+    """
+    SELECT d.payout_id FROM payout_due d JOIN payouts p ON p.id = d.payout_id AND p.shop_id = d.shop_id
+     WHERE d.expires_at <= now() AND p.state = 'queued'
+     ORDER BY d.expires_at LIMIT CAST(:payouts_max AS int) FOR UPDATE OF d SKIP LOCKED
+    """
+)
+
 _RAILS_DUE = text(
     """
     WITH RECURSIVE rails AS (

@@ -144,6 +144,17 @@ RULES: Final = (
         """,
     ),
     Rule(
+        "history_leads_to_the_state",
+        "A payout's history has a line for each version since it was first written, and the last one is its state.",
+        """
+        SELECT p.id FROM payouts p
+          LEFT JOIN (SELECT payout_id, shop_id, max(version) AS version, max(version) - min(version) + 1 - count(*) AS gaps,
+                            (array_agg(state ORDER BY version DESC))[1] AS state
+                       FROM payout_moves GROUP BY payout_id, shop_id) m ON m.payout_id = p.id AND m.shop_id = p.shop_id
+         WHERE p.version <> coalesce(m.version, 1) OR coalesce(m.gaps, 0) <> 0 OR p.state <> coalesce(m.state, 'queued')
+        """,
+    ),
+    Rule(
         "entry_is_of_its_account",
         "Every entry carries the shop of its account.",
         """

@@ -13,7 +13,7 @@ from uuid import UUID
 from sqlalchemy import Row, select, text
 
 from common.db.engine import Tx
-from common.db.tables import payouts
+from common.db.tables import payout_moves, payouts
 from common.domain.ledger import Entry
 from common.domain.payout import State
 
@@ -38,6 +38,7 @@ class Payout:
     created_at: datetime
     updated_at: datetime
     finalized_at: datetime | None
+    expires_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class NewPayout:
     callback_url: str | None
     details: str | None
     rail: str
+    expires_at: datetime | None
     hold: Entry
 
 
@@ -80,22 +82,24 @@ _APPEND_ACCEPTED = text(
         CAST(:id AS uuid[]), CAST(:shop_id AS uuid[]), CAST(:account_id AS bigint[]), CAST(:external_id AS text[]),
         CAST(:amount_minor AS bigint[]), CAST(:currency AS text[]), CAST(:recipient_sealed AS bytea[]),
         CAST(:recipient_masked AS text[]), CAST(:recipient_digest AS bytea[]), CAST(:payment_data_digest AS bytea[]),
-        CAST(:callback_url AS text[]), CAST(:details AS text[]), CAST(:rail AS text[]), CAST(:seq AS bigint[]),
-        CAST(:posted_after_minor AS bigint[]), CAST(:held_after_minor AS bigint[]))
+        CAST(:callback_url AS text[]), CAST(:details AS text[]), CAST(:rail AS text[]),
+        CAST(:expires_at AS timestamptz[]), CAST(:seq AS bigint[]), CAST(:posted_after_minor AS bigint[]),
+        CAST(:held_after_minor AS bigint[]))
       AS a (id, shop_id, account_id, external_id, amount_minor, currency, recipient_sealed, recipient_masked,
-            recipient_digest, payment_data_digest, callback_url, details, rail, seq, posted_after_minor,
+            recipient_digest, payment_data_digest, callback_url, details, rail, expires_at, seq, posted_after_minor,
             held_after_minor)),
     due AS (
-      INSERT INTO payout_due (payout_id, shop_id, rail) SELECT id, shop_id, rail FROM accepted),
+      INSERT INTO payout_due (payout_id, shop_id, rail, expires_at) SELECT id, shop_id, rail, expires_at FROM accepted),
     holds AS (
       INSERT INTO entries (account_id, seq, shop_id, kind, contra, amount_minor, posted_delta_minor, held_delta_minor,
                            posted_after_minor, held_after_minor, payout_id)
       SELECT account_id, seq, shop_id, 'hold', 'holds', amount_minor, 0, amount_minor,
              posted_after_minor, held_after_minor, id FROM accepted)
     INSERT INTO payouts (id, shop_id, account_id, external_id, amount_minor, currency, recipient_sealed,
-                         recipient_masked, recipient_digest, payment_data_digest, callback_url, details, hold_seq)
+                         recipient_masked, recipient_digest, payment_data_digest, callback_url, details, expires_at,
+                         hold_seq)
     SELECT id, shop_id, account_id, external_id, amount_minor, currency, recipient_sealed, recipient_masked,
-           recipient_digest, payment_data_digest, callback_url, CAST(details AS jsonb), seq FROM accepted
+           recipient_digest, payment_data_digest, callback_url, CAST(details AS jsonb), expires_at, seq FROM accepted
     """
 )
 
@@ -137,6 +141,7 @@ async def append_accepted(tx: Tx, accepted: Sequence[NewPayout]) -> None:
         "callback_url",
         "details",
         "rail",
+        "expires_at",
     )
     arrays: dict[str, list[Any]] = {name: [getattr(payout, name) for payout in accepted] for name in columns}
     for name in ("seq", "posted_after_minor", "held_after_minor"):
@@ -151,7 +156,10 @@ def _payout(row: Row[Any]) -> Payout:
 
 @dataclass(frozen=True, slots=True)
 class LockedPayout:
-    """A payout whose row we hold, with what is needed to send it, to move it and to tell of it."""
+    """A payout whose row we hold, with what is needed to send it, to move it and to tell of it.
+
+    `recipient_sealed`: empty unless it was asked for; not every role may read it.
+    """
 
     id: UUID
     shop_id: UUID
@@ -164,29 +172,38 @@ class LockedPayout:
     state: State
     version: int
     provider_reference: str | None
+    expires_at: datetime | None
     shop_code: str
     currency_exponent: int
     webhook_url: str | None
     locked_at: datetime
 
+    @property
+    def has_expired(self) -> bool:
+        """Whether it must not be sent any more, if it has not been sent yet."""
+        return self.expires_at is not None and self.expires_at <= self.locked_at
 
-_LOCK_PAYOUTS = text(
-    """
-    SELECT p.id, p.shop_id, p.account_id, p.external_id, p.amount_minor, p.currency, p.recipient_sealed,
-           p.callback_url, p.state, p.version, p.provider_reference, s.code AS shop_code, s.currency_exponent,
-           s.webhook_url, now() AS locked_at
-      FROM unnest(CAST(:ids AS uuid[])) AS w (id) JOIN payouts p ON p.id = w.id JOIN shops s ON s.id = p.shop_id
-     ORDER BY p.id FOR NO KEY UPDATE OF p
-    """
+
+_LOCK_PAYOUTS, _LOCK_PAYOUTS_TO_SEND = (
+    text(
+        f"""
+        SELECT p.id, p.shop_id, p.account_id, p.external_id, p.amount_minor, p.currency,
+               {recipient} AS recipient_sealed, p.callback_url, p.state, p.version, p.provider_reference, p.expires_at,
+               s.code AS shop_code, s.currency_exponent, s.webhook_url, now() AS locked_at
+          FROM unnest(CAST(:ids AS uuid[])) AS w (id) JOIN payouts p ON p.id = w.id JOIN shops s ON s.id = p.shop_id
+         ORDER BY p.id FOR NO KEY UPDATE OF p
+        """
+    )
+    for recipient in ("''::bytea", "p.recipient_sealed")
 )
 
 
-async def lock_payouts(tx: Tx, payout_ids: Collection[UUID]) -> list[LockedPayout]:
-    """Lock payouts until the transaction ends; the newest values of each.
+async def lock_payouts(tx: Tx, payout_ids: Collection[UUID], *, to_send: bool = False) -> list[LockedPayout]:
+    """Lock payouts until the transaction ends; the newest values of each, with `to_send` the recipients too.
 
     Locks: payouts in id order. Due rows come before, accounts after.
     """
-    rows = await tx.execute(_LOCK_PAYOUTS, {"ids": list(payout_ids)})
+    rows = await tx.execute(_LOCK_PAYOUTS_TO_SEND if to_send else _LOCK_PAYOUTS, {"ids": list(payout_ids)})
     return [LockedPayout(**{**row._mapping, "state": State(row.state)}) for row in rows]
 
 
@@ -257,3 +274,22 @@ async def save_moves(tx: Tx, moves: Sequence[Move]) -> None:
     ):
         arrays[name] = [None if move.resolution is None else getattr(move.resolution, name) for move in moves]
     await tx.execute(_SAVE_MOVES, arrays)
+
+
+@dataclass(frozen=True, slots=True)
+class PastMove:
+    """A line of a payout's history: the state it came to, under which version, and when."""
+
+    version: int
+    state: State
+    at: datetime
+
+
+async def find_moves(tx: Tx, payout_id: UUID, shop_id: UUID) -> list[PastMove]:
+    """Where a payout has been since it was queued, oldest first."""
+    rows = await tx.execute(
+        select(payout_moves.c.version, payout_moves.c.state, payout_moves.c.at)
+        .where(payout_moves.c.payout_id == payout_id, payout_moves.c.shop_id == shop_id)
+        .order_by(payout_moves.c.version)
+    )
+    return [PastMove(row.version, State(row.state), row.at) for row in rows]

@@ -148,6 +148,17 @@ payouts = Table(
     _required("created_at", _TIME),
     _required("updated_at", _TIME),
     _optional("finalized_at", _TIME),
+    _optional("expires_at", _TIME),
+)
+
+payout_moves = Table(
+    "payout_moves",
+    metadata,
+    _required("payout_id", Uuid()),
+    _required("shop_id", Uuid()),
+    _required("version", Integer()),
+    _required("state", Text()),
+    _required("at", _TIME),
 )
 
 payout_due = Table(
@@ -158,6 +169,7 @@ payout_due = Table(
     _required("rail", Text()),
     _required("due_at", _TIME),
     _optional("lease_token", Uuid()),
+    _optional("expires_at", _TIME),
 )
 
 payout_attempts = Table(

@@ -1,6 +1,22 @@
 """Times as the contract writes them."""
 
+import re
 from datetime import UTC, datetime
+from typing import Final
+
+_TIME: Final = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})", re.ASCII
+)
+
+
+def parse_time(text: str) -> datetime | None:
+    """A moment as RFC 3339 writes it, with an offset; None when it is none. Source: RFC 3339, section 5.6."""
+    if not _TIME.fullmatch(text):
+        return None
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
 
 
 def render_time(moment: datetime) -> str:

@@ -89,6 +89,12 @@ def story(server: Server, template: str) -> Iterator[Story]:
 
 # The rule, what is falsified, and whom the rule must name.
 FORGERIES: list[tuple[str, str, set[str]]] = [
+    ("history_leads_to_the_state", "DELETE FROM payout_moves WHERE payout_id = '{success}'", {"{success}"}),
+    ("history_leads_to_the_state", "UPDATE payout_moves SET version = 12 WHERE payout_id = '{success}' AND version = 2",
+     {"{success}"}),
+    ("history_leads_to_the_state", "DELETE FROM payout_moves WHERE payout_id = '{success}' AND version = 3", {"{success}"}),
+    ("history_leads_to_the_state", "UPDATE payout_moves SET state = 'failed' WHERE payout_id = '{success}'", {"{success}"}),
+    ("history_leads_to_the_state", "UPDATE payouts SET version = version + 1 WHERE id = '{failed}'", {"{failed}"}),
     ("account_equals_last_entry", "UPDATE accounts SET posted_minor = posted_minor + 1 WHERE id = {account}",
      {"{account}"}),
     ("account_equals_last_entry", "UPDATE accounts SET held_minor = held_minor + 1 WHERE id = {account}",

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from itertools import permutations
 from typing import Any
 from uuid import uuid4
@@ -57,6 +58,7 @@ async def _tell_a_story(desk: Desk) -> dict[str, str]:
         id=ids["sending"],
     )
     ids["queued"] = await desk.create(merchant)
+    expiring = await desk.create(merchant, expires_at=datetime.now(UTC) + timedelta(hours=1))
     for name, payout_id in ids.items():
         assert await desk.state(payout_id) == name
     await assert_sound(desk.owner)
@@ -76,6 +78,7 @@ async def _tell_a_story(desk: Desk) -> dict[str, str]:
     key = await desk.one("SELECT id FROM api_keys WHERE public_id = :id", id=merchant.api_key)
     return {
         **{name: str(payout_id) for name, payout_id in ids.items()},
+        "expiring": str(expiring),
         "fresh": str(uuid4()),
         "shop": str(merchant.shop.id),
         "merchant": str(merchant.shop.merchant_id),
@@ -319,7 +322,7 @@ CASES: list[tuple[str, str, str, tuple[str, ...]]] = [
     *(
         (f"{role} writes a {kind}", role, NOT_ALLOWED, (_entry(kind, payout),))
         for role, kind, payout in (
-            (GATEWAY, "capture", "{sending}"), (GATEWAY, "release", "{sending}"), (GATEWAY, "adjustment", None),
+            (GATEWAY, "capture", "{sending}"), (GATEWAY, "adjustment", None),
             (WORKER, "hold", "{queued}"), (WORKER, "adjustment", None),
             (OPS, "hold", "{queued}"), (OPS, "capture", "{sending}"), (OPS, "release", "{sending}"),
         )
@@ -423,9 +426,32 @@ CASES: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("the gateway reads a sealed recipient", GATEWAY, NOT_ALLOWED, ("SELECT recipient_sealed FROM payouts",)),
     ("the gateway reads all of a payout", GATEWAY, NOT_ALLOWED, ("SELECT p FROM payouts p",)),
     ("the gateway writes attempts", GATEWAY, NOT_ALLOWED, ("INSERT INTO payout_attempts DEFAULT VALUES",)),
-    ("the gateway moves a payout", GATEWAY, NOT_ALLOWED, ("UPDATE payouts SET state = 'success'",)),
-    ("the gateway forgets what is due", GATEWAY, NOT_ALLOWED, ("DELETE FROM payout_due",)),
-    ("the gateway tells", GATEWAY, NOT_ALLOWED, ("INSERT INTO events DEFAULT VALUES",)),
+    ("the gateway sends a payout", GATEWAY, "payouts_who_moves", tuple(_moves("{queued}", "sending"))),
+    ("the gateway cancels what is being sent", GATEWAY, "payouts_moves", (_end("{sending}", "canceled", "release"),)),
+    ("the gateway cancels without a release", GATEWAY, "payouts_end_whole", (_end("{queued}", "canceled", None),)),
+    ("the gateway expires a payout", GATEWAY, "payouts_who_moves", (_end("{queued}", "expired", "release"),)),
+    ("the gateway fails a payout", GATEWAY, "payouts_who_moves", (
+        _end("{queued}", "failed", "release", failure="'other'"),)),
+    ("the gateway releases what is being sent", GATEWAY, "entries_match_payout", (_entry("release", "{sending}"),)),
+    ("the gateway releases what it does not cancel", GATEWAY, "entries_match_payout", (_entry("release", "{queued}"),)),
+    ("the gateway forgets what is due", GATEWAY, "payout_due_follows_payout", ("DELETE FROM payout_due",)),
+    ("the gateway tells what is not so", GATEWAY, "events_match_payout", (
+        "INSERT INTO events (id, shop_id, payout_id, sequence, type, body)"
+        " SELECT '{fresh}', shop_id, id, version, 'payout.canceled', 'xx' FROM payouts WHERE id = '{queued}'",)),
+    ("the worker cancels a payout", WORKER, "payouts_who_moves", (_end("{queued}", "canceled", "release"),)),
+    ("a payout that never expires does", WORKER, "payouts_who_moves", (_end("{queued}", "expired", "release"),)),
+    ("a payout expires before its time", WORKER, "payouts_who_moves", (_end("{expiring}", "expired", "release"),)),
+    ("a due row that expires on its own", GATEWAY, "payout_due_expiry_matches", (
+        _create(due=_DUE.replace("rail)", "rail, expires_at)").replace("'sandbox')", "'sandbox', now())")),)),
+    ("a due row expires later", OWNER, "payout_due_expiry_fixed", ("UPDATE payout_due SET expires_at = now()",)),
+    ("a payout expires later", OWNER, "payouts_expiry_fixed", ("UPDATE payouts SET expires_at = now()",)),
+    *(
+        (f"{role} writes history", role, NOT_ALLOWED, ("INSERT INTO payout_moves DEFAULT VALUES",))
+        for role in APPLICATION
+    ),
+    ("history changes", OWNER, "payout_moves_append_only", ("UPDATE payout_moves SET state = 'failed'",)),
+    ("history is forgotten", OWNER, "payout_moves_append_only", ("DELETE FROM payout_moves",)),
+    ("all history is forgotten", OWNER, "payout_moves_no_truncate", ("TRUNCATE payout_moves",)),
     ("the gateway reads the audit", GATEWAY, NOT_ALLOWED, ("SELECT id FROM audit",)),
     ("the gateway writes the audit", GATEWAY, NOT_ALLOWED, ("INSERT INTO audit DEFAULT VALUES",)),
     ("the gateway asks the bank", GATEWAY, NOT_ALLOWED, ("SELECT reference FROM sandbox.payments",)),
@@ -470,6 +496,7 @@ async def test_refused_by_what_is_meant_to(
 async def test_the_cases_begin_where_the_right_thing_passes(world: World) -> None:
     """The statements that the cases bend are accepted unbent; else a case could be refused for a slip of its own."""
     assert await _refusal(world, GATEWAY, _create()) is None
+    assert await _refusal(world, GATEWAY, _end("{queued}", "canceled", "release")) is None
     assert await _refusal(world, OPS, _SHOP % "false", _KEY % "'{{payouts:read}}'", _ADJUSTMENT) is None
     assert await _refusal(world, WORKER, _finish("{sending}", "paid"), _end("{sending}", "success", "capture")) is None
     failed = _end("{sending}", "failed", "release", failure="'other'")
@@ -614,11 +641,14 @@ async def test_terms_that_may_not_change_are_all_but_those_that_tell_a_payouts_p
                 " AND grantee = 'payouts_worker' AND privilege_type = 'UPDATE'"
             )
         )
-        watched = await tx.scalar(
-            text("SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgname = 'payouts_terms_fixed'")
+        watched = await tx.scalars(
+            text(
+                "SELECT pg_get_triggerdef(oid) FROM pg_trigger"
+                " WHERE tgname IN ('payouts_terms_fixed', 'payouts_expiry_fixed')"
+            )
         )
     assert set(granted) == progress
-    names = set(watched.partition("UPDATE OF ")[2].partition(" ON ")[0].split(", "))
+    names = {name for each in watched for name in each.partition("UPDATE OF ")[2].partition(" ON ")[0].split(", ")}
     assert names == columns - progress
 
 

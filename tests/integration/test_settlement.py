@@ -19,12 +19,13 @@ from common.db.payouts import LockedPayout
 from common.db.tables import metadata
 from common.domain.payout import STAGES, State
 from common.domain.schedule import LOOK_UP_DELAYS, SUBMIT_DELAYS
+from common.moving import Conclusion
 from common.recipients import Recipient
 from gateway.accept import decide_batch
 from tests.factories import execute, fetch, order
 from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, desk
 from tests.stack import eventually
-from worker.conclusions import LOOK_UP, SUBMIT, Call, Conclusion, Ended, conclude
+from worker.conclusions import LOOK_UP, SUBMIT, Call, Ended, conclude
 from worker.rails import Answer, Outcome, PaymentOrder
 
 FUNDS_MINOR = 100_000_000
@@ -315,6 +316,7 @@ def _locked(state: State, provider_reference: str | None) -> LockedPayout:
         state=state,
         version=2,
         provider_reference=provider_reference,
+        expires_at=None,
         shop_code="shop-001",
         currency_exponent=2,
         webhook_url=None,

@@ -52,6 +52,7 @@ CONTRACT = {
     "shop_currency_mismatch": (422, "shop_currency_mismatch", "Shop currency mismatch. Expected BDT."),
     "insufficient_balance": (422, "insufficient_balance", "Insufficient balance. Required 2.00, available 1.00."),
     "external_id_reused": (422, "external_id_reused", "external_id was already used with different content: amount"),
+    "not_cancelable": (422, "not_cancelable", "Payout can no longer be canceled"),
     "rate_limited": (429, "rate_limited", "Too many requests"),
     "server_error": (500, "server_error", "Server error"),
     "overloaded": (503, "unavailable", "Service unavailable. Repeat the same request."),

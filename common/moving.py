@@ -1,0 +1,83 @@
+"""Moving payouts: the next state, the entry that resolves a hold, the event and its callback, and what is due; all in one.
+
+Whoever decides holds the locks: due rows, payouts, then the accounts of those that end.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from common.db.callbacks import Event, append_events
+from common.db.due import delete_due, reschedule_due
+from common.db.engine import Tx
+from common.db.ledger import LockedAccount
+from common.db.payouts import LockedPayout, Move, save_moves
+from common.domain.ids import new_id
+from common.domain.ledger import EntryKind
+from common.domain.payout import State
+from common.domain.telling import event_type, render_payout_event
+
+
+@dataclass(frozen=True, slots=True)
+class Conclusion:
+    """What shall become of a payout: the next state (None: it stays) and the seconds until it is due again (None: never)."""
+
+    state: State | None
+    delay_seconds: float | None
+    failure_code: str | None = None
+
+
+async def carry_out(
+    tx: Tx,
+    concluded: Sequence[tuple[LockedPayout, Conclusion]],
+    accounts: Mapping[int, LockedAccount],
+    provider_references: Mapping[UUID, str | None],
+) -> list[Event]:
+    """Carry conclusions out, and return the events that came of it.
+
+    Locks: the caller holds the due rows and the payouts, and in `accounts` the accounts of all that end.
+    """
+    moves = []
+    for payout, conclusion in concluded:
+        if conclusion.state is None:
+            continue
+        resolution = None
+        if conclusion.state.is_final:
+            kind = EntryKind.CAPTURE if conclusion.state is State.SUCCESS else EntryKind.RELEASE
+            resolution = accounts[payout.account_id].account.append(kind, payout.amount_minor)
+        moves.append(
+            Move(payout, conclusion.state, conclusion.failure_code, provider_references.get(payout.id), resolution)
+        )
+    await save_moves(tx, moves)
+    events = list(_events(moves))
+    await append_events(tx, events)
+    await delete_due(tx, [move.payout.id for move in moves if move.state.is_final])
+    await reschedule_due(tx, {payout.id: c.delay_seconds for payout, c in concluded if c.delay_seconds is not None})
+    return events
+
+
+def _events(moves: Iterable[Move]) -> Iterable[Event]:
+    for move in moves:
+        payout = move.payout
+        if not move.state.is_final:
+            continue
+        yield Event(
+            id=new_id(),
+            shop_id=payout.shop_id,
+            payout_id=payout.id,
+            sequence=move.version,
+            type=event_type(move.state),
+            body=render_payout_event(
+                payout_id=payout.id,
+                external_id=payout.external_id,
+                shop_code=payout.shop_code,
+                state=move.state,
+                amount_minor=payout.amount_minor,
+                currency=payout.currency,
+                currency_exponent=payout.currency_exponent,
+                sequence=move.version,
+                failure_code=move.failure_code,
+                updated_at=payout.locked_at,
+            ),
+            url=payout.callback_url or payout.webhook_url,
+        )
