@@ -5,6 +5,7 @@ Whoever decides holds the locks: due rows, payouts, then the accounts of those t
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 from uuid import UUID
 
 from common.db.callbacks import Event, append_events
@@ -27,6 +28,10 @@ class Conclusion:
     failure_code: str | None = None
 
 
+# Of the final states; any other gives the money back that was held.
+_ENTRY_KINDS: Final = {State.SUCCESS: EntryKind.CAPTURE, State.REFUNDED: EntryKind.PAYOUT_RETURN}
+
+
 async def carry_out(
     tx: Tx,
     concluded: Sequence[tuple[LockedPayout, Conclusion]],
@@ -41,13 +46,11 @@ async def carry_out(
     for payout, conclusion in concluded:
         if conclusion.state is None:
             continue
-        resolution = None
+        entry = None
         if conclusion.state.is_final:
-            kind = EntryKind.CAPTURE if conclusion.state is State.SUCCESS else EntryKind.RELEASE
-            resolution = accounts[payout.account_id].account.append(kind, payout.amount_minor)
-        moves.append(
-            Move(payout, conclusion.state, conclusion.failure_code, provider_references.get(payout.id), resolution)
-        )
+            kind = _ENTRY_KINDS.get(conclusion.state, EntryKind.RELEASE)
+            entry = accounts[payout.account_id].account.append(kind, payout.amount_minor)
+        moves.append(Move(payout, conclusion.state, conclusion.failure_code, provider_references.get(payout.id), entry))
     await save_moves(tx, moves)
     events = list(_events(moves))
     await append_events(tx, events)

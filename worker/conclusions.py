@@ -29,6 +29,7 @@ class Call:
     """One call to a rail that a claim has committed to. `start_until` is monotonic: later it must not begin."""
 
     payout: LockedPayout
+    rail: str
     action: str
     attempt_no: int
     reference: str
@@ -54,7 +55,6 @@ def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | 
     """
     outcome, history = ended.answer.outcome, ended.call.history
     if payout.state.is_final or payout.state is State.QUEUED:
-        note_contradiction(payout, ended)
         return None
     if outcome is Outcome.PAID:
         return Conclusion(State.SUCCESS, None)
@@ -94,17 +94,10 @@ def _conclude_look_up(payout: LockedPayout, outcome: Outcome, history: History |
     return Conclusion(None, delay_seconds)
 
 
-def note_contradiction(payout: LockedPayout, ended: Ended) -> None:
-    """A definite word against where the payout stands is for people; no money moves."""
-    agrees = {Outcome.PAID: State.SUCCESS, Outcome.DECLINED: State.FAILED}
-    expected = agrees.get(ended.answer.outcome)
-    if expected is not None and expected is not payout.state:
-        get_logger().error(
-            LogEvent.PAYOUT_CONTRADICTED,
-            payout=render_id(PAYOUT, payout.id),
-            state=payout.state,
-            outcome=ended.answer.outcome,
-        )
+def contradicts(payout: LockedPayout, outcome: Outcome) -> bool:
+    """Whether a definite word is against where the payout stands: that is for people, and no money moves."""
+    agreeing = {Outcome.PAID: (State.SUCCESS, State.REFUNDED), Outcome.DECLINED: (State.FAILED,)}
+    return outcome in agreeing and payout.state not in agreeing[outcome]
 
 
 def sane(answer: Answer, action: str) -> Answer:
@@ -112,9 +105,9 @@ def sane(answer: Answer, action: str) -> Answer:
     codes are `other`, texts fit their columns.
     """
     code = answer.failure_code
-    beside = Outcome.NOT_FOUND if action == SUBMIT else Outcome.NOT_ACCEPTED
+    beside = {Outcome.RETURNED, Outcome.NOT_FOUND if action == SUBMIT else Outcome.NOT_ACCEPTED}
     return Answer(
-        Outcome.UNKNOWN if answer.outcome is beside else answer.outcome,
+        Outcome.UNKNOWN if answer.outcome in beside else answer.outcome,
         failure_code=code if code is None or code in FAILURES else "other",
         provider_reference=_storable(answer.provider_reference, PROVIDER_REFERENCE_CHARACTERS_MAX),
         detail=_storable(answer.detail, DETAIL_CHARACTERS_MAX),

@@ -35,7 +35,8 @@ from common.db.due import (
 from common.db.engine import Engine, Tx, in_transaction
 from common.db.ledger import lock_accounts
 from common.db.payouts import LockedPayout, Move, lock_payouts, save_moves
-from common.domain.ids import PAYOUT, render_id
+from common.db.rail_events import NewDiscrepancy, open_discrepancies
+from common.domain.ids import PAYOUT, new_id, render_id
 from common.domain.payout import State
 from common.domain.schedule import look_up_delay
 from common.errors import AccountBusy, PayoutsError, Transient
@@ -46,7 +47,8 @@ from common.process import end_tasks
 from common.recipients import open_recipient
 from common.sealing import Keyring, SealBroken
 from common.settings import Settings
-from worker.conclusions import LOOK_UP, SUBMIT, Call, Ended, conclude, note_contradiction, sane
+from worker.conclusions import LOOK_UP, SUBMIT, Call, Ended, conclude, contradicts, sane
+from worker.hearing import EVENTS_MAX, hear, note_discrepancies
 from worker.rails import Answer, Outcome, PaymentOrder, Rail, Rails
 from worker.scanning import OVERDUE_SECONDS
 
@@ -60,6 +62,8 @@ _RECORD_ATTEMPTS_MAX: Final = 5
 _RECORD_PAUSE_SECONDS: Final = 0.2
 # How long a shop that is behind waits for its account before others get the connection.
 _BUSY_TURN_SECONDS: Final = 0.2
+# Between two looks for what rails have said, when there was nothing.
+_HEAR_SECONDS: Final = 0.2
 # How often rails are looked for that have payouts and no longer exist.
 _NO_ROUTE_SECONDS: Final = 5.0
 # How long a payout that has expired is left to the sweep.
@@ -103,6 +107,7 @@ class Settler:
         self._busy_records: WeakValueDictionary[UUID, Batcher[Ended, bool]] = WeakValueDictionary()
         self._busy_slots = asyncio.Semaphore(max(1, settings.database_pool_max // 3))
         self._no_route_at = 0.0
+        self._hear_at = 0.0
 
     async def run_round(self) -> bool:
         """Claim what is due and start its calls. Returns whether there was anything."""
@@ -112,10 +117,21 @@ class Settler:
         overdue_seconds = OVERDUE_SECONDS if self._messages_arrive() and not behind else 0.0
         claimed = [await self._claim(name, rail, overdue_seconds) for name, rail in self._rails.items()]
         self._left_behind = self._left_behind or (behind and any(claimed))
+        await self._hear()
         if monotonic() >= self._no_route_at:
             self._no_route_at = monotonic() + _NO_ROUTE_SECONDS
             await self._fail_without_route()
         return any(claimed)
+
+    async def _hear(self) -> None:
+        """Apply what rails have said by themselves, as long as there is a whole batch of it."""
+        heard = EVENTS_MAX
+        while heard >= EVENTS_MAX and monotonic() >= self._hear_at:
+            result = await in_transaction(self._engine, hear)
+            self._tell(ids_to_tell(result.events))
+            heard = result.count
+        if heard == 0:
+            self._hear_at = monotonic() + _HEAR_SECONDS
 
     async def claim_messages(self, messages: Sequence[WorkMessage]) -> bool:
         """Claim what messages tell of and start its calls, as room comes; False when it was given up, since we leave.
@@ -335,9 +351,14 @@ async def claim_calls(
         return claimed, []
     payouts = await lock_payouts(tx, shop_ids, to_send=True)
     histories = await find_histories(tx, shop_ids)
-    lost = [(p, histories[p.id]) for p in payouts if p.id in histories and histories[p.id].outcome is None]
+    open_numbers = [(p, histories[p.id].open_no) for p in payouts if p.id in histories]
     await finish_attempts(
-        tx, [FinishedAttempt(p.id, p.shop_id, h.attempt_no, Outcome.UNKNOWN, "worker lost") for p, h in lost]
+        tx,
+        [
+            FinishedAttempt(payout.id, payout.shop_id, open_no, Outcome.UNKNOWN, "worker lost")
+            for payout, open_no in open_numbers
+            if open_no is not None
+        ],
     )
     moves: list[Move] = []
     calls: list[Call] = []
@@ -351,7 +372,7 @@ async def claim_calls(
             continue
         if payout.state is State.QUEUED:
             moves.append(Move(payout, State.SENDING))
-        calls.append(_call(payout, histories.get(payout.id), claim.token, start_until, lag_seconds))
+        calls.append(_call(payout, histories.get(payout.id), claim, start_until, lag_seconds))
     await save_moves(tx, moves)
     await append_attempts(
         tx,
@@ -366,15 +387,16 @@ async def claim_calls(
     return claimed, calls
 
 
-def _call(payout: LockedPayout, history: History | None, token: UUID, start_until: float, lag_seconds: float) -> Call:
+def _call(payout: LockedPayout, history: History | None, claim: Claim, start_until: float, lag_seconds: float) -> Call:
     return Call(
         payout=payout,
+        rail=claim.rail,
         action=SUBMIT if payout.state is State.QUEUED else LOOK_UP,
         attempt_no=1 if history is None else history.attempt_no + 1,
         # One reference for the payout's whole life.
         reference=render_id(PAYOUT, payout.id) if history is None else history.reference,
         history=history,
-        token=token,
+        token=claim.token,
         start_until=start_until,
         lag_seconds=lag_seconds,
     )
@@ -407,12 +429,15 @@ async def record_answers(tx: Tx, ended: Sequence[Ended], *, wait_seconds: float)
     contradicted = await find_contradicted(tx, late)
     conclusions: dict[UUID, Conclusion | None] = {}
     references: dict[UUID, str | None] = {}
+    against: list[Ended] = []
     for item in sorted(ended, key=lambda item: item.answer.outcome is Outcome.PAID):
         # Of two answers for one payout "paid" is the last word: it cannot be taken back.
         payout_id = item.call.payout.id
         if payout_id in contradicted:
-            note_contradiction(payouts[payout_id], item)
+            against.append(item)
             continue
+        if payouts[payout_id].state.is_final or payouts[payout_id].state is State.QUEUED:
+            against.append(item)
         conclusion = conclude(payouts[payout_id], item, held=tokens.get(payout_id) == item.call.token)
         conclusions[payout_id] = conclusion or conclusions.get(payout_id)
         references[payout_id] = item.answer.provider_reference or references.get(payout_id)
@@ -423,9 +448,30 @@ async def record_answers(tx: Tx, ended: Sequence[Ended], *, wait_seconds: float)
         for key, c in conclusions.items()
         if c and c.state and c.state.is_final and payouts[key].account_id not in accounts
     }
+    await _open_contradictions(tx, [(payouts[item.call.payout.id], item) for item in against])
     await finish_attempts(tx, [_finished(item) for item in ended if item.call.payout.id not in busy])
     concluded = [(payouts[key], c) for key, c in conclusions.items() if c is not None and key not in busy]
     return Recorded(await carry_out(tx, concluded, accounts, references), busy)
+
+
+async def _open_contradictions(tx: Tx, against: Iterable[tuple[LockedPayout, Ended]]) -> None:
+    """Words against where a payout stands are for people; no money moves."""
+    found = [
+        NewDiscrepancy(
+            id=new_id(),
+            rail=item.call.rail,
+            reference=item.call.reference,
+            payout_id=payout.id,
+            shop_id=payout.shop_id,
+            state=payout.state,
+            word=item.answer.outcome,
+            kind="status",
+        )
+        for payout, item in against
+        if contradicts(payout, item.answer.outcome)
+    ]
+    await open_discrepancies(tx, found)
+    note_discrepancies(found)
 
 
 async def fail_without_route(tx: Tx, *, claim: Claim, after_shop: UUID) -> UUID | None:

@@ -70,7 +70,8 @@ _CLAIM_DUE_IDS = text(
 
 _LAST_ATTEMPTS = text(
     """
-    SELECT wanted.payout_id, a.attempt_no, a.outcome, a.reference, a.submits_refused, a.look_ups, a.was_taken
+    SELECT wanted.payout_id, a.attempt_no, a.outcome, a.reference, a.submits_refused, a.look_ups, a.was_taken,
+           a.open_no
       FROM unnest(CAST(:ids AS uuid[])) AS wanted (payout_id)
      CROSS JOIN LATERAL (
        SELECT max(attempt_no) AS attempt_no,
@@ -78,7 +79,8 @@ _LAST_ATTEMPTS = text(
               min(reference) AS reference,
               count(*) FILTER (WHERE outcome = 'not_accepted') AS submits_refused,
               count(*) FILTER (WHERE action = 'look_up') AS look_ups,
-              coalesce(bool_or(outcome = 'submitted'), false) AS was_taken
+              coalesce(bool_or(outcome = 'submitted'), false) AS was_taken,
+              max(attempt_no) FILTER (WHERE finished_at IS NULL) AS open_no
          FROM payout_attempts WHERE payout_id = wanted.payout_id) a
      WHERE a.attempt_no IS NOT NULL
     """
@@ -244,7 +246,10 @@ _RAILS_DUE = text(
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What was tried for a payout so far. `was_taken`: the rail said once that it had taken it."""
+    """What was tried for a payout so far. `was_taken`: the rail said once that it had taken it.
+
+    `open_no`: the attempt that nobody has finished yet; words of the rail may have come since.
+    """
 
     attempt_no: int
     outcome: str | None
@@ -252,6 +257,7 @@ class History:
     submits_refused: int
     look_ups: int
     was_taken: bool = False
+    open_no: int | None = None
 
 
 async def find_histories(tx: Tx, payout_ids: Collection[UUID]) -> dict[UUID, History]:
@@ -259,7 +265,7 @@ async def find_histories(tx: Tx, payout_ids: Collection[UUID]) -> dict[UUID, His
     rows = await tx.execute(_LAST_ATTEMPTS, {"ids": list(payout_ids)})
     return {
         row.payout_id: History(
-            row.attempt_no, row.outcome, row.reference, row.submits_refused, row.look_ups, row.was_taken
+            row.attempt_no, row.outcome, row.reference, row.submits_refused, row.look_ups, row.was_taken, row.open_no
         )
         for row in rows
     }
@@ -298,6 +304,36 @@ async def finish_attempts(tx: Tx, attempts: Sequence[FinishedAttempt]) -> None:
     """Write down how calls ended. Repeat: the first outcome of an attempt stands."""
     if attempts:
         await tx.execute(_FINISH_ATTEMPTS, arrays_of(attempts, FinishedAttempt))
+
+
+@dataclass(frozen=True, slots=True)
+class NewWord:
+    """What a rail said by itself, in line with the answers to our calls."""
+
+    payout_id: UUID
+    shop_id: UUID
+    attempt_no: int
+    rail: str
+    reference: str
+    outcome: str
+    detail: str | None
+
+
+async def append_words(tx: Tx, words: Sequence[NewWord]) -> None:
+    """Write down words that nobody asked for. The caller holds the payouts."""
+    if words:
+        await tx.execute(_APPEND_WORDS, arrays_of(words, NewWord))
+
+
+_APPEND_WORDS = text(
+    """
+    INSERT INTO payout_attempts (payout_id, shop_id, attempt_no, action, rail, reference, outcome, detail, finished_at)
+    SELECT payout_id, shop_id, attempt_no, 'event', rail, reference, outcome, detail, now()
+      FROM unnest(CAST(:payout_id AS uuid[]), CAST(:shop_id AS uuid[]), CAST(:attempt_no AS int[]), CAST(:rail AS text[]),
+                  CAST(:reference AS text[]), CAST(:outcome AS text[]), CAST(:detail AS text[]))
+        AS w (payout_id, shop_id, attempt_no, rail, reference, outcome, detail)
+    """
+)
 
 
 async def find_contradicted(tx: Tx, paid: Sequence[tuple[UUID, int]]) -> set[UUID]:

@@ -87,13 +87,26 @@ RULES: Final = (
         """,
     ),
     Rule(
+        "refunded_payout_has_its_return",
+        "A refunded payout points at the entry that brought exactly its amount back, and the rail said so.",
+        """
+        SELECT p.id FROM payouts p
+          LEFT JOIN entries e ON e.account_id = p.account_id AND e.seq = p.return_seq AND e.kind = 'payout_return'
+         WHERE p.state = 'refunded' AND (
+           e.payout_id IS DISTINCT FROM p.id OR e.amount_minor IS DISTINCT FROM p.amount_minor OR NOT EXISTS (
+             SELECT 1 FROM payout_attempts t
+              WHERE t.payout_id = p.id AND t.shop_id = p.shop_id AND t.outcome = 'returned'))
+        """,
+    ),
+    Rule(
         "entry_has_its_payout",
-        "Every hold, capture and release belongs to a payout that points back at it.",
+        "Every hold, capture, release and return belongs to a payout that points back at it.",
         """
         SELECT e.account_id || '/' || e.seq FROM entries e
           LEFT JOIN payouts p ON p.id = e.payout_id AND p.shop_id = e.shop_id AND p.account_id = e.account_id
          WHERE e.kind <> 'adjustment'
-           AND e.seq IS DISTINCT FROM CASE e.kind WHEN 'hold' THEN p.hold_seq ELSE p.resolution_seq END
+           AND e.seq IS DISTINCT FROM
+               CASE e.kind WHEN 'hold' THEN p.hold_seq WHEN 'payout_return' THEN p.return_seq ELSE p.resolution_seq END
         """,
     ),
     Rule(
@@ -174,10 +187,12 @@ RULES: Final = (
     ),
     Rule(
         "event_tells_what_happened",
-        "No event tells a status that its payout does not have.",
+        "No event tells a status that its payout did not come to.",
         """
         SELECT coalesce(p.id, e.id) FROM events e LEFT JOIN payouts p ON p.id = e.payout_id AND p.shop_id = e.shop_id
-         WHERE e.type IS DISTINCT FROM 'payout.' || p.state
+         WHERE p.id IS NULL OR NOT EXISTS (
+           SELECT 1 FROM payout_moves m WHERE m.payout_id = e.payout_id AND m.shop_id = e.shop_id
+              AND m.version = e.sequence AND e.type = 'payout.' || m.state)
         """,
     ),
     Rule(

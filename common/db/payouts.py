@@ -209,13 +209,13 @@ async def lock_payouts(tx: Tx, payout_ids: Collection[UUID], *, to_send: bool = 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A payout's next state, and the entry that resolves its hold when that state is final."""
+    """A payout's next state, and the entry that comes with it: of the hold's resolution, or of what was returned."""
 
     payout: LockedPayout
     state: State
     failure_code: str | None = None
     provider_reference: str | None = None
-    resolution: Entry | None = None
+    entry: Entry | None = None
 
     @property
     def version(self) -> int:
@@ -242,15 +242,16 @@ _SAVE_MOVES = text(
     UPDATE payouts p
        SET state = m.state, version = m.version, failure_code = m.failure_code,
            provider_reference = coalesce(p.provider_reference, m.provider_reference),
-           resolution_seq = m.seq, updated_at = now(),
-           finalized_at = CASE WHEN m.seq IS NOT NULL THEN now() END
+           resolution_seq = coalesce(p.resolution_seq, m.seq),
+           return_seq = CASE WHEN m.state = 'refunded' THEN m.seq END, updated_at = now(),
+           finalized_at = coalesce(p.finalized_at, CASE WHEN m.seq IS NOT NULL THEN now() END)
       FROM moved m WHERE p.id = m.id AND p.shop_id = m.shop_id
     """
 )
 
 
 async def save_moves(tx: Tx, moves: Sequence[Move]) -> None:
-    """Give payouts their next state, together with the entries that resolve the holds of those that end.
+    """Give payouts their next state, together with the entries of those that end or come back.
 
     Locks: the caller holds the payouts, and the accounts of those that end.
     """
@@ -272,7 +273,7 @@ async def save_moves(tx: Tx, moves: Sequence[Move]) -> None:
         "posted_after_minor",
         "held_after_minor",
     ):
-        arrays[name] = [None if move.resolution is None else getattr(move.resolution, name) for move in moves]
+        arrays[name] = [None if move.entry is None else getattr(move.entry, name) for move in moves]
     await tx.execute(_SAVE_MOVES, arrays)
 
 

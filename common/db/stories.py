@@ -60,6 +60,9 @@ _ENTRIES = text(
      UNION ALL
     SELECT seq, kind, contra, amount_minor, posted_after_minor, held_after_minor, created_at FROM entries
      WHERE payout_id = :payout_id AND shop_id = :shop_id AND kind IN ('capture', 'release')
+     UNION ALL
+    SELECT seq, kind, contra, amount_minor, posted_after_minor, held_after_minor, created_at FROM entries
+     WHERE payout_id = :payout_id AND shop_id = :shop_id AND kind = 'payout_return'
      ORDER BY seq
     """
 )

@@ -149,6 +149,7 @@ payouts = Table(
     _required("updated_at", _TIME),
     _optional("finalized_at", _TIME),
     _optional("expires_at", _TIME),
+    _optional("return_seq", BigInteger()),
 )
 
 payout_moves = Table(
@@ -170,6 +171,40 @@ payout_due = Table(
     _required("due_at", _TIME),
     _optional("lease_token", Uuid()),
     _optional("expires_at", _TIME),
+)
+
+rail_events = Table(
+    "rail_events",
+    metadata,
+    _required("rail", Text()),
+    _required("event_id", Text()),
+    _required("reference", Text()),
+    _required("outcome", Text()),
+    _optional("failure_code", Text()),
+    _optional("provider_reference", Text()),
+    _optional("amount_minor", BigInteger()),
+    _optional("currency", Text()),
+    _required("received_at", _TIME),
+    _required("due_at", _TIME),
+    _optional("applied_at", _TIME),
+    _optional("effect", Text()),
+)
+
+discrepancies = Table(
+    "discrepancies",
+    metadata,
+    _required("id", Uuid()),
+    _required("rail", Text()),
+    _required("reference", Text()),
+    _optional("payout_id", Uuid()),
+    _optional("shop_id", Uuid()),
+    _optional("state", Text()),
+    _required("word", Text()),
+    _required("kind", Text()),
+    _optional("detail", Text()),
+    _required("opened_at", _TIME),
+    _optional("closed_at", _TIME),
+    _optional("audit_id", BigInteger()),
 )
 
 payout_attempts = Table(

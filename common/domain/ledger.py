@@ -11,6 +11,7 @@ class EntryKind(StrEnum):
     HOLD = "hold"
     CAPTURE = "capture"
     RELEASE = "release"
+    PAYOUT_RETURN = "payout_return"
     ADJUSTMENT = "adjustment"
 
 
@@ -27,6 +28,7 @@ RULES: Final[dict[EntryKind, _Rule]] = {
     EntryKind.HOLD: _Rule("holds", 0, +1),
     EntryKind.CAPTURE: _Rule("provider_clearing", -1, -1),
     EntryKind.RELEASE: _Rule("holds", 0, -1),
+    EntryKind.PAYOUT_RETURN: _Rule("provider_clearing", +1, 0),
     EntryKind.ADJUSTMENT: _Rule("adjustments", +1, 0),
 }
 

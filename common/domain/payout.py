@@ -45,6 +45,7 @@ MOVES: Final[frozenset[tuple[State, State]]] = frozenset(
         State.SENDING: (State.QUEUED, State.SUBMITTED, State.VERIFYING, State.SUCCESS, State.FAILED),
         State.SUBMITTED: (State.VERIFYING, State.SUCCESS, State.FAILED),
         State.VERIFYING: (State.QUEUED, State.SUBMITTED, State.SUCCESS, State.FAILED),
+        State.SUCCESS: (State.REFUNDED,),
     }.items()
     for target in targets
 )

@@ -14,6 +14,7 @@ import click
 from ops.cli.balance import balance_group
 from ops.cli.callbacks import callbacks_group
 from ops.cli.database import migrate_command, verify_command
+from ops.cli.discrepancies import discrepancies_group
 from ops.cli.doctor import doctor_command
 from ops.cli.errors import Refused
 from ops.cli.parked import parked_group
@@ -32,6 +33,7 @@ _COMMANDS: Final = (
     balance_group,
     payout_group,
     callbacks_group,
+    discrepancies_group,
     parked_group,
     doctor_command,
     verify_command,

@@ -22,6 +22,7 @@ from common.db.callbacks import claim_callbacks
 from common.db.engine import in_transaction
 from common.db.invariants import RULES
 from common.db.merchants import find_api_key
+from common.db.rail_events import NewRailEvent, append_rail_events
 from common.domain.ids import EVENT, PAYOUT, new_id, render_id
 from common.domain.signing import sign_v1
 from common.sealing import API_KEY_PURPOSE
@@ -36,6 +37,7 @@ from tests.terminal import Terminal
 from worker.callbacks.deliver import Ended as EndedCallback
 from worker.callbacks.deliver import record_attempts
 from worker.callbacks.send import Attempt
+from worker.hearing import hear
 
 RECIPIENT: Final = "01798765432"
 URL: Final = "http://127.0.0.1:9/hook"
@@ -114,10 +116,11 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "key revoke",
         "balance topup",
         "callbacks resend",
+        "discrepancies close",
         "parked replay",
         "parked drop",
     }
-    assert asks_reason == {"balance topup", "callbacks resend", "parked replay", "parked drop"}
+    assert asks_reason == {"balance topup", "callbacks resend", "discrepancies close", "parked replay", "parked drop"}
 
 
 @pytest.mark.parametrize("words", [words for words, _ in commands()])
@@ -789,3 +792,32 @@ async def test_a_body_comes_from_one_place(tmp_path: Path) -> None:
     )
 
     ended.assert_refused("not both")
+
+
+# Discrepancies
+
+
+async def test_a_discrepancy_is_listed_and_closed_by_somebody_who_says_why(
+    terminal: Terminal, shop_floor: Desk
+) -> None:
+    event = NewRailEvent("sandbox", "e-1", "nobody", "paid", amount_minor=1000, currency="BDT")
+    await in_transaction(shop_floor.worker, lambda tx: append_rail_events(tx, [event]))
+    await in_transaction(shop_floor.worker, hear)
+
+    (listed,) = (await terminal.run("discrepancies", "list", "--json")).document["discrepancies"]
+    assert (listed["kind"], listed["word"], listed["reference"], listed["payout"]) == (
+        "reference",
+        "paid",
+        "nobody",
+        None,
+    )
+    closed = await terminal.run("discrepancies", "close", listed["id"], "--reason", "a test of the bank", *AS_ALICE)
+
+    closed.assert_shown("closed")
+    assert await audited(shop_floor, "discrepancy.close") == ("alice", listed["id"], "a test of the bank")
+    (await terminal.run("discrepancies", "list")).assert_shown("none")
+    (await terminal.run("discrepancies", "list", "--all")).assert_shown("nobody")
+    again = await terminal.run("discrepancies", "close", listed["id"], "--reason", "again", *AS_ALICE)
+    again.assert_refused("is open")
+    assert await shop_floor.count("audit", "action = 'discrepancy.close'") == 1
+    (await terminal.run("discrepancies", "close", "x", "--reason", "x")).assert_refused("not the id")

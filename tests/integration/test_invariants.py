@@ -15,6 +15,7 @@ from tests.factories import engine, execute
 from tests.flows import Desk, assert_sound, broken_rules, cloned, desk, forge
 from worker.callbacks.deliver import Ended, record_attempts
 from worker.callbacks.send import Attempt
+from worker.hearing import hear
 
 URL = "http://127.0.0.1:9/told"
 
@@ -37,7 +38,10 @@ async def _live_honestly(working: Desk) -> dict[str, str]:
     }
     ids["verifying"] = await working.create(merchant, recipient="017000000200")
     ids["other"] = await working.create(other)
+    ids["refunded"] = await working.create(other, recipient="017000000300")
     await working.settle(working.settler(rail_timeout_seconds=0.1))
+    while await working.state(ids["refunded"]) != "refunded":
+        await in_transaction(working.worker, hear)
     ids["sending"] = await working.create(merchant)
     await working.claim()
     ids["queued"] = await working.create(merchant)
@@ -49,7 +53,9 @@ async def _live_honestly(working: Desk) -> dict[str, str]:
         assert await working.state(ids[name]) == name
         row = await working.one("SELECT hold_seq, resolution_seq FROM payouts WHERE id = :id", id=ids[name])
         names[f"{name}_hold"], names[f"{name}_end"] = str(row.hold_seq), str(row.resolution_seq)
+    row = await working.one("SELECT return_seq FROM payouts WHERE id = :id", id=ids["refunded"])
     return names | {
+        "refunded_return": str(row.return_seq),
         "account": str(merchant.shop.account_id),
         "other_account": str(other.shop.account_id),
         "shop": str(merchant.shop.id),
@@ -181,8 +187,11 @@ FORGERIES: list[tuple[str, str, set[str]]] = [
     ("event_tells_what_happened",
      "INSERT INTO events SELECT '{fresh}', shop_id, payout_id, 99, 'payout.failed', body FROM events"
      " WHERE id = '{delivered}'", {"{success}"}),
-    ("event_tells_what_happened", "UPDATE payouts SET state = 'refunded', failure_code = 'returned_by_bank'"
-     " WHERE id = '{success}'", {"{success}"}),
+    ("event_tells_what_happened", "UPDATE events SET type = 'payout.refunded' WHERE payout_id = '{success}'", {"{success}"}),
+    ("refunded_payout_has_its_return", "UPDATE payouts SET return_seq = 1 WHERE id = '{refunded}'", {"{refunded}"}),
+    ("refunded_payout_has_its_return", "DELETE FROM payout_attempts WHERE outcome = 'returned'", {"{refunded}"}),
+    ("entry_has_its_payout", "UPDATE payouts SET return_seq = NULL, state = 'success', failure_code = NULL"
+     " WHERE id = '{refunded}'", {"{other_account}/{refunded_return}"}),
     ("finished_payout_has_its_event", "DELETE FROM events WHERE payout_id = '{failed}'", {"{failed}"}),
     ("finished_payout_has_its_event", "UPDATE events SET type = 'payout.failed' WHERE payout_id = '{success}'",
      {"{success}"}),

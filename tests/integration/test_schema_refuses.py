@@ -61,6 +61,11 @@ async def _tell_a_story(desk: Desk) -> dict[str, str]:
     expiring = await desk.create(merchant, expires_at=datetime.now(UTC) + timedelta(hours=1))
     for name, payout_id in ids.items():
         assert await desk.state(payout_id) == name
+    await execute(
+        desk.worker,
+        "INSERT INTO discrepancies (id, rail, reference, word, kind)"
+        " VALUES (gen_random_uuid(), 'sandbox', 'x', 'paid', 'reference')",
+    )
     await assert_sound(desk.owner)
     first = "SELECT audit_id AS id FROM entries WHERE account_id = :id AND seq = 1"
     topup = await desk.one(first, id=merchant.shop.account_id)
@@ -136,6 +141,7 @@ def _entry(kind: str, payout: str | None = None, /, **values: str) -> str:
         "hold": ("holds", "0", amount),
         "capture": ("provider_clearing", f"-{amount}", f"-{amount}"),
         "release": ("holds", "0", f"-{amount}"),
+        "payout_return": ("provider_clearing", amount, "0"),
         "adjustment": ("adjustments", amount, "0"),
     }[kind]
     columns = {
@@ -192,6 +198,27 @@ def _create(*, hold: str | None = _entry("hold", "{fresh}"), due: str | None = _
         + f"INSERT INTO payouts ({', '.join(columns)}) SELECT {', '.join(columns.values())}"
         + " FROM accounts a WHERE a.id = {account}"
     )
+
+
+def _refund(payout: str, kind: str | None = "payout_return", /, **entry: str) -> str:
+    """One statement that refunds a payout, together with the entry unless `kind` is None."""
+    entries = "" if kind is None else f"WITH e AS ({_entry(kind, payout, **entry)}) "
+    return (
+        f"{entries}UPDATE payouts p SET state = 'refunded', version = p.version + 1, failure_code = 'returned_by_bank',"
+        f" return_seq = a.last_seq + 1 FROM accounts a WHERE a.id = p.account_id AND p.id = '{payout}'"
+    )
+
+
+def _word(payout: str, outcome: str) -> str:
+    """The rail says a word by itself."""
+    return (
+        "INSERT INTO payout_attempts (payout_id, shop_id, attempt_no, action, rail, reference, outcome, finished_at)"
+        f" SELECT payout_id, shop_id, max(attempt_no) + 1, 'event', min(rail), min(reference), '{outcome}', now()"
+        f" FROM payout_attempts WHERE payout_id = '{payout}' GROUP BY payout_id, shop_id"
+    )
+
+
+_RAIL_EVENT = "INSERT INTO rail_events (rail, event_id, reference, outcome) VALUES ('sandbox', 'e', 'r', 'paid')"
 
 
 def _attempt(payout: str, attempt_no: int, action: str, *, reference: str = "t.reference", outcome: str | None) -> str:
@@ -438,6 +465,38 @@ CASES: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("the gateway tells what is not so", GATEWAY, "events_match_payout", (
         "INSERT INTO events (id, shop_id, payout_id, sequence, type, body)"
         " SELECT '{fresh}', shop_id, id, version, 'payout.canceled', 'xx' FROM payouts WHERE id = '{queued}'",)),
+    ("a refund without its entry", WORKER, "payouts_end_whole", (_refund("{success}", None),)),
+    ("a refund that the rail did not tell of", WORKER, "entries_return_was_said", (_refund("{success}"),)),
+    ("a refund of what was never paid", WORKER, "payouts_moves", (_refund("{sending}"),)),
+    ("a refund for the second time", WORKER, "entries_one_return_per_payout", (
+        _word("{success}", "returned"), _refund("{success}"), _entry("payout_return", "{success}"))),
+    ("a refund of another amount", WORKER, "entries_match_payout", (
+        _word("{success}", "returned"), _refund("{success}", amount_minor="999"))),
+    ("the gateway refunds a payout", GATEWAY, "payouts_who_moves", (_refund("{success}"),)),
+    ("a refund that is taken back", WORKER, "payouts_end_stays", (
+        _word("{success}", "returned"), _refund("{success}"),
+        "UPDATE payouts SET state = 'success', version = version + 1, return_seq = NULL, failure_code = NULL"
+        " WHERE id = '{success}'")),
+    ("a word that is no word", WORKER, "payout_attempts_outcome_of_action", (_word("{verifying}", "unknown"),)),
+    ("a word before anything was sent", WORKER, "payout_attempts_submit_once", (
+        "INSERT INTO payout_attempts (payout_id, shop_id, attempt_no, action, rail, reference, outcome, finished_at)"
+        " SELECT id, shop_id, 1, 'event', 'sandbox', 'x', 'paid', now() FROM payouts WHERE id = '{queued}'",)),
+    ("a call that says it was returned", WORKER, "payout_attempts_outcome_of_action", (_finish("{sending}", "returned"),)),
+    ("a release after a paid event", WORKER, "entries_release_is_definite", (
+        _word("{verifying}", "paid"), _end("{verifying}", "failed", "release", failure="'other'"))),
+    ("a rail's word changes", WORKER, NOT_ALLOWED, ("UPDATE rail_events SET outcome = 'paid'",)),
+    ("a rail's word changes, whoever asks", OWNER, "rail_events_stay", (
+        _RAIL_EVENT, "UPDATE rail_events SET outcome = 'declined'")),
+    ("a rail's word is applied twice", WORKER, "rail_events_stay", (
+        _RAIL_EVENT, *("UPDATE rail_events SET applied_at = now(), effect = 'known'",) * 2)),
+    ("a rail's word is applied without an effect", WORKER, "rail_events_effect_iff_applied", (
+        _RAIL_EVENT, "UPDATE rail_events SET applied_at = now()")),
+    ("a rail's word is forgotten", OWNER, "rail_events_no_delete", (_RAIL_EVENT, "DELETE FROM rail_events")),
+    ("the gateway listens", GATEWAY, NOT_ALLOWED, (_RAIL_EVENT,)),
+    ("a discrepancy is closed by nobody", OPS, "discrepancies_closed_by_somebody", (
+        "UPDATE discrepancies SET closed_at = now()",)),
+    ("the worker closes a discrepancy", WORKER, NOT_ALLOWED, ("UPDATE discrepancies SET closed_at = now()",)),
+    ("a discrepancy is forgotten", OWNER, "discrepancies_no_delete", ("DELETE FROM discrepancies",)),
     ("the worker cancels a payout", WORKER, "payouts_who_moves", (_end("{queued}", "canceled", "release"),)),
     ("a payout that never expires does", WORKER, "payouts_who_moves", (_end("{queued}", "expired", "release"),)),
     ("a payout expires before its time", WORKER, "payouts_who_moves", (_end("{expiring}", "expired", "release"),)),
@@ -497,6 +556,10 @@ async def test_the_cases_begin_where_the_right_thing_passes(world: World) -> Non
     """The statements that the cases bend are accepted unbent; else a case could be refused for a slip of its own."""
     assert await _refusal(world, GATEWAY, _create()) is None
     assert await _refusal(world, GATEWAY, _end("{queued}", "canceled", "release")) is None
+    assert await _refusal(world, WORKER, _word("{success}", "returned"), _refund("{success}")) is None
+    assert (
+        await _refusal(world, WORKER, _word("{verifying}", "paid"), _end("{verifying}", "success", "capture")) is None
+    )
     assert await _refusal(world, OPS, _SHOP % "false", _KEY % "'{{payouts:read}}'", _ADJUSTMENT) is None
     assert await _refusal(world, WORKER, _finish("{sending}", "paid"), _end("{sending}", "success", "capture")) is None
     failed = _end("{sending}", "failed", "release", failure="'other'")
@@ -630,6 +693,7 @@ async def test_terms_that_may_not_change_are_all_but_those_that_tell_a_payouts_p
         "failure_code",
         "provider_reference",
         "resolution_seq",
+        "return_seq",
         "updated_at",
         "finalized_at",
     }
@@ -662,7 +726,8 @@ async def test_moves_are_those_of_the_code(world: World, source: State, target: 
         failure = "'other'" if state in (State.FAILED, State.REFUNDED) else "NULL"
         return (
             f"UPDATE payouts SET state = '{state}', version = version + 1, failure_code = {failure},"
-            f" (resolution_seq, finalized_at) = ROW ({end}) WHERE id = '{{queued}}'"
+            f" (resolution_seq, finalized_at) = ROW ({end}), return_seq = {1 if state is State.REFUNDED else 'NULL'}"
+            " WHERE id = '{queued}'"
         )
 
     refused_by = await _refusal(

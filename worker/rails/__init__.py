@@ -17,6 +17,7 @@ class Outcome(StrEnum):
     PAID = "paid"
     DECLINED = "declined"
     SUBMITTED = "submitted"
+    RETURNED = "returned"
     NOT_ACCEPTED = "not_accepted"
     NOT_FOUND = "not_found"
     UNKNOWN = "unknown"

@@ -10,22 +10,27 @@ from dataclasses import dataclass
 from typing import Final
 
 from common.batching import Batcher
-from common.db.engine import Engine, in_transaction
+from common.db.engine import Engine, Tx, in_transaction
+from common.db.rail_events import NewRailEvent, append_rail_events
 from common.db.sandbox import SandboxPayment, find_sandbox_payment, save_settled, save_submitted
 from worker.rails import Answer, Outcome, PaymentOrder
+
+NAME: Final = "sandbox"
 
 _BATCH_MAX: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
 class _Script:
-    """How a magic recipient fares: what the bank books, whether it answers, and what a look-up is worth."""
+    """How a magic recipient fares: what the bank books, whether it answers, what a look-up is worth, what it says later."""
 
     books: str = "paid"
     failure_code: str | None = None
     answers: bool = True
     refusals: int = 0
     authoritative: bool = True
+    # What the bank says by itself, `settle_seconds` after the submit and a second apart: number and word of each event.
+    events: tuple[tuple[int, Outcome], ...] = ()
 
 
 SCRIPTS: Final[dict[str, _Script]] = {
@@ -41,6 +46,10 @@ SCRIPTS: Final[dict[str, _Script]] = {
     "0201": _Script(answers=False),
     "0202": _Script(books="absent", answers=False),
     "0203": _Script(books="declined", failure_code="provider_declined", answers=False),
+    "0300": _Script(events=((1, Outcome.RETURNED),)),
+    "0301": _Script(books="declined", failure_code="provider_declined", events=((1, Outcome.PAID),)),
+    "0400": _Script(books="submitted", events=((1, Outcome.PAID), (1, Outcome.PAID), (2, Outcome.PAID))),
+    "0401": _Script(books="submitted", events=((2, Outcome.PAID), (1, Outcome.SUBMITTED))),
 }
 _USUAL: Final = _Script()
 
@@ -56,20 +65,23 @@ class SandboxRail:
     def __init__(self, engine: Engine, *, settle_seconds: float) -> None:
         self._engine = engine
         self._settle_seconds = settle_seconds
-        self._submits: Batcher[SandboxPayment, SandboxPayment] = Batcher(self._book, batch_max=_BATCH_MAX)
+        self._submits: Batcher[_Booking, SandboxPayment] = Batcher(self._book, batch_max=_BATCH_MAX)
 
     async def submit(self, order: PaymentOrder) -> Answer:
         """Book a payment, and answer unless the script says to keep silent; then this never returns."""
         script = SCRIPTS.get(order.recipient.number[-4:], _USUAL)
         payment = await self._submits.submit(
-            SandboxPayment(
-                reference=order.reference,
-                amount_minor=order.amount_minor,
-                currency=order.currency,
-                state="absent" if script.refusals else script.books,
-                failure_code=script.failure_code,
-                settles_in_seconds=self._settle_seconds if script.books == "submitted" else None,
-                authoritative=script.authoritative,
+            _Booking(
+                SandboxPayment(
+                    reference=order.reference,
+                    amount_minor=order.amount_minor,
+                    currency=order.currency,
+                    state="absent" if script.refusals else script.books,
+                    failure_code=script.failure_code,
+                    settles_in_seconds=self._settle_seconds if script.books == "submitted" else None,
+                    authoritative=script.authoritative,
+                ),
+                [self._event(order, place, *event) for place, event in enumerate(script.events)],
             )
         )
         if payment.submits <= script.refusals:
@@ -92,9 +104,33 @@ class SandboxRail:
             )
         return _answer(payment)
 
-    async def _book(self, payments: Sequence[SandboxPayment]) -> list[SandboxPayment]:
-        booked = await in_transaction(self._engine, lambda tx: save_submitted(tx, payments))
-        return [booked[payment.reference] for payment in payments]
+    async def _book(self, bookings: Sequence["_Booking"]) -> list[SandboxPayment]:
+        async def book(tx: Tx) -> dict[str, SandboxPayment]:
+            await append_rail_events(tx, [event for booking in bookings for event in booking.events])
+            return await save_submitted(tx, [booking.payment for booking in bookings])
+
+        booked = await in_transaction(self._engine, book)
+        return [booked[booking.payment.reference] for booking in bookings]
+
+    def _event(self, order: PaymentOrder, place: int, number: int, outcome: Outcome) -> NewRailEvent:
+        return NewRailEvent(
+            rail=NAME,
+            event_id=f"{order.reference}-{number}",
+            reference=order.reference,
+            outcome=outcome,
+            provider_reference=_provider_reference(order.reference),
+            amount_minor=order.amount_minor,
+            currency=order.currency,
+            due_in_seconds=self._settle_seconds + place,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Booking:
+    """A payment as it was asked for, and what the bank will say of it by itself."""
+
+    payment: SandboxPayment
+    events: list[NewRailEvent]
 
 
 def _answer(payment: SandboxPayment) -> Answer:

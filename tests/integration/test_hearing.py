@@ -1,0 +1,296 @@
+"""What a rail says by itself: applied once, in whatever order and however often it comes; contradictions move no money."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from itertools import count, permutations
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from common.canceling import cancel
+from common.db.engine import in_transaction
+from common.db.rail_events import NewRailEvent, append_rail_events
+from tests.factories import Merchant, fetch
+from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, desk
+from tests.stack import eventually
+from worker.conclusions import Ended
+from worker.hearing import Heard, hear
+from worker.rails import Answer, Outcome
+
+FUNDS_MINOR = 100_000_000
+AMOUNT_MINOR = 1000
+_numbers = count(1)
+
+
+@pytest.fixture
+async def working(database_url: str) -> AsyncIterator[Desk]:
+    async with desk(database_url) as opened:
+        yield opened
+        await assert_sound(opened.owner)
+
+
+async def say(working: Desk, payout_id: UUID, outcome: str, **fields: Any) -> None:
+    """The rail says a word about a payout that was sent to it."""
+    row = await working.one(
+        "SELECT reference FROM payout_attempts WHERE payout_id = :id AND attempt_no = 1", id=payout_id
+    )
+    values: dict[str, Any] = {
+        "event_id": f"e-{next(_numbers)}",
+        "amount_minor": AMOUNT_MINOR,
+        "currency": "BDT",
+    } | fields
+    event = NewRailEvent(rail="sandbox", reference=row.reference, outcome=outcome, **values)
+    await in_transaction(working.worker, lambda tx: append_rail_events(tx, [event]))
+
+
+async def listen(working: Desk) -> list[Heard]:
+    """Until there is nothing to hear."""
+    heard = []
+    while (last := await in_transaction(working.worker, hear, attempts_max=1)).count:
+        heard.append(last)
+    return heard
+
+
+async def effects(working: Desk) -> list[str | None]:
+    return [
+        row.effect
+        for row in await fetch(working.owner, "SELECT effect FROM rail_events ORDER BY received_at, event_id")
+    ]
+
+
+async def discrepancies(working: Desk) -> list[tuple[str, str, str | None]]:
+    rows = await fetch(working.owner, "SELECT kind, word, state FROM discrepancies ORDER BY opened_at")
+    return [(row.kind, row.word, row.state) for row in rows]
+
+
+async def in_state(working: Desk, merchant: Merchant, state: str) -> UUID:
+    """A payout that was sent, in that state."""
+    payout_id = await working.create(merchant, callback_url="http://127.0.0.1:9/")
+    (call,) = await working.claim()
+    answers = {
+        "queued": Answer(Outcome.NOT_ACCEPTED),
+        "submitted": Answer(Outcome.SUBMITTED),
+        "verifying": Answer(Outcome.UNKNOWN),
+        "success": Answer(Outcome.PAID),
+        "failed": Answer(Outcome.DECLINED),
+        "canceled": Answer(Outcome.NOT_ACCEPTED),
+    }
+    if state in answers:
+        await working.record(Ended(call, answers[state]))
+    if state == "canceled":
+        external_id = (await working.one("SELECT external_id FROM payouts WHERE id = :id", id=payout_id)).external_id
+        await in_transaction(
+            working.gateway, lambda tx: cancel(tx, merchant.shop.id, external_id, wait_seconds=LOCK_WAIT_SECONDS)
+        )
+    assert await working.state(payout_id) == state
+    return payout_id
+
+
+OPEN = ("queued", "sending", "submitted", "verifying")
+
+
+@pytest.mark.parametrize("state", OPEN)
+@pytest.mark.parametrize(
+    ("word", "end", "entries", "balance"),
+    [
+        ("paid", "success", ["hold", "capture"], (FUNDS_MINOR - AMOUNT_MINOR, 0)),
+        ("declined", "failed", ["hold", "release"], (FUNDS_MINOR, 0)),
+        ("returned", "refunded", ["hold", "capture", "payout_return"], (FUNDS_MINOR, 0)),
+        ("submitted", "submitted", ["hold"], (FUNDS_MINOR, AMOUNT_MINOR)),
+    ],
+)
+async def test_a_final_word_ends_a_payout_in_whatever_stage_it_is(
+    working: Desk, state: str, word: str, end: str, entries: list[str], balance: tuple[int, int]
+) -> None:
+    merchant = await working.merchant()
+    payout_id = await in_state(working, merchant, state)
+
+    await say(working, payout_id, word)
+    heard = await listen(working)
+
+    assert await working.state(payout_id) == end
+    assert await working.entries(payout_id) == entries
+    assert await working.balance(merchant) == balance
+    told = [event.type for each in heard for event in each.events]
+    assert (
+        told
+        == {
+            "success": ["payout.success"],
+            "failed": ["payout.failed"],
+            "refunded": ["payout.success", "payout.refunded"],
+            "submitted": [],
+        }[end]
+    )
+    assert await discrepancies(working) == []
+    await working.make_due()
+    await working.settle()
+
+
+@pytest.mark.parametrize(
+    ("state", "word"),
+    [
+        ("success", "declined"),
+        ("failed", "paid"),
+        ("failed", "returned"),
+        ("canceled", "paid"),
+        ("canceled", "submitted"),
+    ],
+)
+async def test_a_word_against_a_final_status_opens_one_discrepancy_and_moves_no_money(
+    working: Desk, state: str, word: str
+) -> None:
+    merchant = await working.merchant()
+    payout_id = await in_state(working, merchant, state)
+    before = await working.balance(merchant), await working.entries(payout_id)
+
+    for _ in range(3):
+        await say(working, payout_id, word)
+        await listen(working)
+
+    assert await working.state(payout_id) == state
+    assert (await working.balance(merchant), await working.entries(payout_id)) == before
+    assert await discrepancies(working) == [("status", word, state)]
+    assert await effects(working) == ["discrepancy"] * 3
+
+
+@pytest.mark.parametrize(("state", "word"), [("success", "paid"), ("success", "submitted"), ("failed", "declined")])
+async def test_a_word_that_is_known_changes_nothing(working: Desk, state: str, word: str) -> None:
+    merchant = await working.merchant()
+    payout_id = await in_state(working, merchant, state)
+    attempts = await working.attempts(payout_id)
+
+    await say(working, payout_id, word)
+    await listen(working)
+
+    assert (await working.state(payout_id), await working.attempts(payout_id)) == (state, attempts)
+    assert await effects(working) == ["known"]
+    assert await discrepancies(working) == []
+
+
+@pytest.mark.parametrize("fields", [{"amount_minor": AMOUNT_MINOR + 1}, {"amount_minor": 1}, {"currency": "USD"}])
+async def test_another_amount_is_a_discrepancy_and_never_money(working: Desk, fields: dict[str, Any]) -> None:
+    merchant = await working.merchant()
+    payout_id = await in_state(working, merchant, "verifying")
+
+    await say(working, payout_id, "paid", **fields)
+    await listen(working)
+
+    assert await working.state(payout_id) == "verifying"
+    assert await working.balance(merchant) == (FUNDS_MINOR, AMOUNT_MINOR)
+    assert await discrepancies(working) == [("amount", "paid", "verifying")]
+
+
+async def test_a_word_about_nothing_of_ours_is_kept_for_people(working: Desk) -> None:
+    event = NewRailEvent("sandbox", "e-1", "nobody", "paid", amount_minor=1, currency="BDT")
+    await in_transaction(working.worker, lambda tx: append_rail_events(tx, [event]))
+
+    await listen(working)
+
+    assert await discrepancies(working) == [("reference", "paid", None)]
+
+
+async def test_the_same_event_is_one_event(working: Desk) -> None:
+    merchant = await working.merchant()
+    payout_id = await in_state(working, merchant, "submitted")
+    for _ in range(3):
+        await say(working, payout_id, "paid", event_id="the-same")
+    await listen(working)
+    await say(working, payout_id, "paid", event_id="the-same")
+
+    assert await listen(working) == []
+    assert await effects(working) == ["moved"]
+    assert [action for action, _ in await working.attempts(payout_id)] == ["submit", "event"]
+
+
+@pytest.mark.parametrize("words", list(permutations(["submitted", "paid", "returned"])), ids=" ".join)
+async def test_any_order_of_words_leads_to_the_same_end(working: Desk, words: tuple[str, ...]) -> None:
+    merchant = await working.merchant()
+    payout_id = await in_state(working, merchant, "verifying")
+
+    for word in words:
+        await say(working, payout_id, word)
+        await listen(working)
+
+    assert await working.state(payout_id) == "refunded"
+    assert await working.balance(merchant) == (FUNDS_MINOR, 0)
+    assert await discrepancies(working) == []
+
+
+async def test_many_ears_hear_each_word_once(working: Desk) -> None:
+    merchant = await working.merchant()
+    ids = await working.create_many(merchant, 80)
+    calls = await working.claim()
+    await working.record(*(Ended(call, Answer(Outcome.SUBMITTED)) for call in calls))
+    for payout_id in ids:
+        await say(working, payout_id, "paid")
+        await say(working, payout_id, "returned")
+
+    async def listen_until_silent() -> None:
+        silent = 0
+        while silent < 5:
+            silent = 0 if (await in_transaction(working.worker, hear)).count else silent + 1
+
+    async def all_refunded() -> bool:
+        await asyncio.gather(*(listen_until_silent() for _ in range(4)))
+        return {await working.state(payout_id) for payout_id in ids} == {"refunded"}
+
+    await eventually(all_refunded, "every word is heard")
+    assert await working.balance(merchant) == (FUNDS_MINOR, 0)
+    assert await discrepancies(working) == []
+
+
+async def test_a_shop_whose_account_somebody_holds_delays_no_other(working: Desk) -> None:
+    merchant, other = await working.merchant(), await working.merchant()
+    waiting, free = [await in_state(working, each, "submitted") for each in (merchant, other)]
+    for payout_id in (waiting, free):
+        await say(working, payout_id, "paid")
+    async with working.owner.begin() as tx:
+        await tx.exec_driver_sql(f"SELECT 1 FROM accounts WHERE id = {merchant.shop.account_id} FOR UPDATE")
+        await listen(working)
+        assert (await working.state(waiting), await working.state(free)) == ("submitted", "success")
+
+    async def heard() -> bool:
+        await listen(working)
+        return await working.state(waiting) == "success"
+
+    await eventually(heard, "the word that waited is heard")
+
+    assert await working.state(waiting) == "success"
+
+
+async def test_the_answer_to_a_call_that_comes_after_the_event_says_nothing_new(working: Desk) -> None:
+    merchant = await working.merchant()
+    payout_id = await working.create(merchant)
+    (call,) = await working.claim()
+    await say(working, payout_id, "paid")
+    await listen(working)
+    assert await working.state(payout_id) == "success"
+
+    await working.record(Ended(call, Answer(Outcome.PAID)))
+
+    assert await working.attempts(payout_id) == [("submit", "paid"), ("event", "paid")]
+    assert await working.entries(payout_id) == ["hold", "capture"]
+
+
+@pytest.mark.parametrize(
+    ("recipient", "end", "open_words"),
+    [
+        ("01700000300", "refunded", []),
+        ("01700000301", "failed", [("status", "paid", "failed")]),
+        ("01700000400", "success", []),
+        ("01700000401", "success", []),
+    ],
+)
+async def test_the_sandbox_bank_speaks_by_itself(
+    working: Desk, recipient: str, end: str, open_words: list[tuple[str, str, str]]
+) -> None:
+    merchant = await working.merchant()
+    payout_id = await working.create(merchant, recipient=recipient)
+    await working.settle()
+    async with working.owner.begin() as tx:
+        await tx.exec_driver_sql("UPDATE rail_events SET due_at = now() WHERE applied_at IS NULL")
+    await listen(working)
+
+    assert await working.state(payout_id) == end
+    assert await discrepancies(working) == open_words
