@@ -1,13 +1,12 @@
 """Settlement: claim what is due, call the rail, record what it said. Two transactions, and the call in neither.
 
-What an answer means is decided by `worker.conclusions`. A payout whose lease ran out while it was being sent goes to
+The transactions are in `worker.claiming` and `worker.recording`. A payout whose lease ran out while it was being sent goes to
 `verifying`, never back to `queued`: only the rail can tell what became of it.
 """
 
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 from typing import Final
@@ -15,41 +14,22 @@ from uuid import UUID, uuid4
 from weakref import WeakValueDictionary
 
 from common.batching import Batcher
-from common.db.callbacks import Event, ids_to_tell
-from common.db.due import (
-    Claim,
-    Claimed,
-    FinishedAttempt,
-    History,
-    NewAttempt,
-    append_attempts,
-    claim_due,
-    claim_due_ids,
-    find_contradicted,
-    find_histories,
-    find_rails_due,
-    finish_attempts,
-    lock_due,
-    reschedule_due,
-)
-from common.db.engine import Engine, Tx, in_transaction
-from common.db.ledger import lock_accounts
-from common.db.payouts import LockedPayout, Move, lock_payouts, save_moves
-from common.db.rail_events import NewDiscrepancy, open_discrepancies
-from common.domain.ids import PAYOUT, new_id, render_id
-from common.domain.payout import State
-from common.domain.schedule import look_up_delay
+from common.db.callbacks import ids_to_tell
+from common.db.due import Claim, Claimed, find_rails_due
+from common.db.engine import Engine, in_transaction
+from common.domain.ids import PAYOUT, render_id
 from common.errors import AccountBusy, PayoutsError, Transient
 from common.log import LogEvent, get_logger
 from common.messaging.codec import WorkMessage
-from common.moving import Conclusion, carry_out
 from common.process import end_tasks
 from common.recipients import open_recipient
 from common.sealing import Keyring, SealBroken
 from common.settings import Settings
-from worker.conclusions import LOOK_UP, SUBMIT, Call, Ended, conclude, contradicts, sane
-from worker.hearing import EVENTS_MAX, hear, note_discrepancies
+from worker.claiming import claim_calls
+from worker.conclusions import SUBMIT, Call, Ended
+from worker.hearing import EVENTS_MAX, hear
 from worker.rails import Answer, Outcome, PaymentOrder, Rail, Rails
+from worker.recording import fail_without_route, record_answers
 from worker.scanning import OVERDUE_SECONDS
 
 Tell = Callable[[Sequence[tuple[UUID, UUID]]], None]
@@ -66,8 +46,6 @@ _BUSY_TURN_SECONDS: Final = 0.2
 _HEAR_SECONDS: Final = 0.2
 # How often rails are looked for that have payouts and no longer exist.
 _NO_ROUTE_SECONDS: Final = 5.0
-# How long a payout that has expired is left to the sweep.
-_EXPIRED_SECONDS: Final = 60.0
 
 
 class Settler:
@@ -325,173 +303,3 @@ class Settler:
 
 def _name(error: Exception) -> str:
     return error.reason if isinstance(error, PayoutsError) else type(error).__name__
-
-
-async def claim_calls(
-    tx: Tx,
-    *,
-    claim: Claim,
-    after_shop: UUID,
-    busy: Counter[UUID],
-    lag_seconds: float,
-    start_until: float,
-    payout_ids: Sequence[UUID] | None = None,
-) -> tuple[Claimed, list[Call]]:
-    """Take due payouts, of those named or shop by shop, and write down the calls that will be made for them, beforehand.
-
-    Locks: due rows (skipping those that others hold), then payouts.
-    Returns: what was taken, and the calls to make for it.
-    """
-    if payout_ids is None:
-        claimed = await claim_due(tx, claim, after_shop, busy)
-    else:
-        claimed = await claim_due_ids(tx, claim, payout_ids, busy)
-    shop_ids = claimed.shop_ids
-    if not shop_ids:
-        return claimed, []
-    payouts = await lock_payouts(tx, shop_ids, to_send=True)
-    histories = await find_histories(tx, shop_ids)
-    open_numbers = [(p, histories[p.id].open_no) for p in payouts if p.id in histories]
-    await finish_attempts(
-        tx,
-        [
-            FinishedAttempt(payout.id, payout.shop_id, open_no, Outcome.UNKNOWN, "worker lost")
-            for payout, open_no in open_numbers
-            if open_no is not None
-        ],
-    )
-    moves: list[Move] = []
-    calls: list[Call] = []
-    expired: list[UUID] = []
-    for payout in payouts:
-        if payout.state is State.SENDING:
-            moves.append(Move(payout, State.VERIFYING))
-            continue
-        if payout.state is State.QUEUED and payout.has_expired:
-            expired.append(payout.id)
-            continue
-        if payout.state is State.QUEUED:
-            moves.append(Move(payout, State.SENDING))
-        calls.append(_call(payout, histories.get(payout.id), claim, start_until, lag_seconds))
-    await save_moves(tx, moves)
-    await append_attempts(
-        tx,
-        [NewAttempt(c.payout.id, c.payout.shop_id, c.attempt_no, c.action, claim.rail, c.reference) for c in calls],
-    )
-    abandoned = [move.payout.id for move in moves if move.state is State.VERIFYING]
-    await reschedule_due(tx, dict.fromkeys(abandoned, max(look_up_delay(0), lag_seconds)))
-    # The sweep ends them; it comes by sooner.
-    await reschedule_due(tx, dict.fromkeys(expired, _EXPIRED_SECONDS))
-    for payout_id in abandoned:
-        get_logger().warning(LogEvent.PAYOUT_LEASE_EXPIRED, payout=render_id(PAYOUT, payout_id))
-    return claimed, calls
-
-
-def _call(payout: LockedPayout, history: History | None, claim: Claim, start_until: float, lag_seconds: float) -> Call:
-    return Call(
-        payout=payout,
-        rail=claim.rail,
-        action=SUBMIT if payout.state is State.QUEUED else LOOK_UP,
-        attempt_no=1 if history is None else history.attempt_no + 1,
-        # One reference for the payout's whole life.
-        reference=render_id(PAYOUT, payout.id) if history is None else history.reference,
-        history=history,
-        token=claim.token,
-        start_until=start_until,
-        lag_seconds=lag_seconds,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """What came of a record: the events that were stored, and the payouts that were left because their account is busy."""
-
-    events: list[Event]
-    busy: set[UUID]
-
-
-async def record_answers(tx: Tx, ended: Sequence[Ended], *, wait_seconds: float) -> Recorded:
-    """Write down what the rails said, and what follows: attempt, state, money, event, callback, what is due.
-
-    Locks: due rows, payouts, then the accounts of those that end; each in id order. With `wait_seconds` 0, payouts whose
-    account somebody else holds are left as they are.
-    Repeat: an answer that is recorded already finds its payout moved on and its lease gone, and changes nothing.
-    """
-    ended = [Ended(item.call, sane(item.answer, item.call.action)) for item in ended]
-    ids = {item.call.payout.id for item in ended}
-    tokens = await lock_due(tx, ids)
-    payouts = {payout.id: payout for payout in await lock_payouts(tx, ids)}
-    late = [
-        (item.call.payout.id, item.call.attempt_no)
-        for item in ended
-        if item.answer.outcome is Outcome.PAID and tokens.get(item.call.payout.id) != item.call.token
-    ]
-    contradicted = await find_contradicted(tx, late)
-    conclusions: dict[UUID, Conclusion | None] = {}
-    references: dict[UUID, str | None] = {}
-    against: list[Ended] = []
-    for item in sorted(ended, key=lambda item: item.answer.outcome is Outcome.PAID):
-        # Of two answers for one payout "paid" is the last word: it cannot be taken back.
-        payout_id = item.call.payout.id
-        if payout_id in contradicted:
-            against.append(item)
-            continue
-        if payouts[payout_id].state.is_final or payouts[payout_id].state is State.QUEUED:
-            against.append(item)
-        conclusion = conclude(payouts[payout_id], item, held=tokens.get(payout_id) == item.call.token)
-        conclusions[payout_id] = conclusion or conclusions.get(payout_id)
-        references[payout_id] = item.answer.provider_reference or references.get(payout_id)
-    ending = {payouts[key].account_id for key, c in conclusions.items() if c and c.state and c.state.is_final}
-    accounts = await lock_accounts(tx, ending, wait_seconds=wait_seconds) if ending else {}
-    busy = {
-        key
-        for key, c in conclusions.items()
-        if c and c.state and c.state.is_final and payouts[key].account_id not in accounts
-    }
-    await _open_contradictions(tx, [(payouts[item.call.payout.id], item) for item in against])
-    await finish_attempts(tx, [_finished(item) for item in ended if item.call.payout.id not in busy])
-    concluded = [(payouts[key], c) for key, c in conclusions.items() if c is not None and key not in busy]
-    return Recorded(await carry_out(tx, concluded, accounts, references), busy)
-
-
-async def _open_contradictions(tx: Tx, against: Iterable[tuple[LockedPayout, Ended]]) -> None:
-    """Words against where a payout stands are for people; no money moves."""
-    found = [
-        NewDiscrepancy(
-            id=new_id(),
-            rail=item.call.rail,
-            reference=item.call.reference,
-            payout_id=payout.id,
-            shop_id=payout.shop_id,
-            state=payout.state,
-            word=item.answer.outcome,
-            kind="status",
-        )
-        for payout, item in against
-        if contradicts(payout, item.answer.outcome)
-    ]
-    await open_discrepancies(tx, found)
-    note_discrepancies(found)
-
-
-async def fail_without_route(tx: Tx, *, claim: Claim, after_shop: UUID) -> UUID | None:
-    """End queued payouts whose rail no longer exists; those that were sent keep waiting for a word.
-
-    Locks: as `record_answers`; payouts whose account somebody else holds are left for another time.
-    Returns: the shop behind which to go on, or None at the end.
-    """
-    claimed = await claim_due(tx, claim, after_shop, {})
-    payouts = await lock_payouts(tx, claimed.shop_ids)
-    queued = [
-        (payout, Conclusion(State.FAILED, None, "no_route")) for payout in payouts if payout.state is State.QUEUED
-    ]
-    accounts = await lock_accounts(tx, {payout.account_id for payout, _ in queued}, wait_seconds=0)
-    await carry_out(tx, [(payout, end) for payout, end in queued if payout.account_id in accounts], accounts, {})
-    return claimed.next_shop
-
-
-def _finished(item: Ended) -> FinishedAttempt:
-    call, answer = item.call, item.answer
-    return FinishedAttempt(
-        call.payout.id, call.payout.shop_id, call.attempt_no, answer.outcome, answer.failure_code or answer.detail
-    )
