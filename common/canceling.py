@@ -3,7 +3,7 @@
 from uuid import UUID
 
 from common.db.callbacks import Event
-from common.db.due import find_expired, lock_due
+from common.db.due import FIRST_TO_EXPIRE, Expiring, find_expired, lock_due
 from common.db.engine import Tx
 from common.db.ledger import lock_accounts
 from common.db.payouts import LockedPayout, Payout, find_payout, lock_payouts
@@ -35,18 +35,21 @@ async def cancel(tx: Tx, shop_id: UUID, external_id: str, *, wait_seconds: float
     return canceled, events
 
 
-async def expire(tx: Tx, *, payouts_max: int) -> tuple[int, list[Event]]:
-    """End queued payouts whose time is over. What others hold at the moment is left for another time.
+async def expire(
+    tx: Tx, *, behind: Expiring = FIRST_TO_EXPIRE, payouts_max: int
+) -> tuple[Expiring | None, list[Event]]:
+    """End queued payouts whose time is over, of one page of those. What others hold at the moment is left for another time.
 
-    Locks: due rows, payouts, accounts; none of them is waited for.
-    Returns: how many ended, and the events to tell of.
+    Locks: due rows, payouts, accounts; of them only payouts are waited for.
+    Returns: where the next page begins, or None at the end, and the events to tell of.
     """
-    found = await find_expired(tx, payouts_max=payouts_max)
-    expired = [payout for payout in await lock_payouts(tx, found) if _may_expire(payout)]
+    found = await find_expired(tx, behind=behind, payouts_max=payouts_max)
+    payouts = await lock_payouts(tx, [each.payout_id for each in found])
+    expired = [payout for payout in payouts if _may_expire(payout)]
     accounts = await lock_accounts(tx, {payout.account_id for payout in expired}, wait_seconds=0)
     ending = [payout for payout in expired if payout.account_id in accounts]
     events = await carry_out(tx, [(payout, Conclusion(State.EXPIRED, None)) for payout in ending], accounts, {})
-    return len(ending), events
+    return found[-1] if len(found) == payouts_max else None, events
 
 
 def _may_expire(payout: LockedPayout) -> bool:

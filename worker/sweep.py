@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 from uuid import UUID
 
@@ -10,6 +11,7 @@ from prometheus_client import Gauge
 from common.canceling import expire
 from common.db.ages import find_ages
 from common.db.callbacks import ids_to_tell
+from common.db.due import FIRST_TO_EXPIRE, Expiring
 from common.db.engine import Engine, in_transaction
 
 INTERVAL_SECONDS: Final = 5.0
@@ -37,13 +39,16 @@ class Sweeper:
         self._tell = tell
 
     async def run_round(self) -> bool:
-        """Sweep once; True: there may be more to do at once."""
-        ended, events = await in_transaction(self._engine, lambda tx: expire(tx, payouts_max=_EXPIRED_MAX))
-        self._tell(ids_to_tell(events))
+        """Sweep once. There is never more to do at once."""
+        behind: Expiring | None = FIRST_TO_EXPIRE
+        while behind is not None:
+            page = partial(expire, behind=behind, payouts_max=_EXPIRED_MAX)
+            behind, events = await in_transaction(self._engine, page)
+            self._tell(ids_to_tell(events))
         ages = await in_transaction(self._engine, find_ages)
         OLDEST_PAYOUT.set(ages.payout_seconds)
         OLDEST_CALLBACK.set(ages.callback_seconds)
-        return ended == _EXPIRED_MAX
+        return False
 
     def leave(self) -> None:
         """There is nothing that could be left alone."""

@@ -14,7 +14,7 @@ TABLES = [
     "ALTER TABLE payouts ADD COLUMN expires_at timestamptz",
     # A copy, so that what has expired is found without a look at payouts.
     "ALTER TABLE payout_due ADD COLUMN expires_at timestamptz",
-    "CREATE INDEX payout_due_by_expiry ON payout_due (expires_at) WHERE expires_at IS NOT NULL",
+    "CREATE INDEX payout_due_by_expiry ON payout_due (expires_at, payout_id) WHERE expires_at IS NOT NULL",
     """
     CREATE TABLE payout_moves (
       payout_id uuid NOT NULL,

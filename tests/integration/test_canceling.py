@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 import pytest
 
 from common.canceling import cancel, expire
+from common.db.due import FIRST_TO_EXPIRE, Expiring
 from common.db.engine import in_transaction
 from common.errors import AccountBusy, InvalidRequest, NotCancelable, PayoutNotFound, PayoutsError
 from gateway.schemas import parse_create_payout
@@ -175,9 +177,7 @@ async def test_nobody_cancels_what_is_not_theirs(working: Desk) -> None:
 
 
 async def sweep(working: Desk) -> None:
-    sweeper = Sweeper(working.worker)
-    while await sweeper.run_round():
-        pass
+    await Sweeper(working.worker).run_round()
 
 
 async def let_expire(working: Desk, *payout_ids: UUID) -> None:
@@ -243,6 +243,22 @@ async def test_a_shop_whose_account_somebody_holds_expires_later_and_delays_no_o
     await sweep(working)
 
     assert await working.state(held) == "expired"
+
+
+async def test_what_was_sent_in_time_stands_in_nobodys_way(working: Desk) -> None:
+    merchant = await working.merchant()
+    sent = await working.create_many(merchant, 20, recipient="01700000001", expires_at=datetime.now(UTC) + HOUR)
+    await working.settle()
+    queued = await working.create(merchant, expires_at=datetime.now(UTC) + 2 * HOUR)
+    await let_expire(working, *sent, queued)
+
+    behind: Expiring | None = FIRST_TO_EXPIRE
+    while behind is not None:
+        page = partial(expire, behind=behind, payouts_max=7)
+        behind, _ = await in_transaction(working.worker, page, attempts_max=1)
+
+    assert await working.state(queued) == "expired"
+    assert {await working.state(payout_id) for payout_id in sent} == {"submitted"}
 
 
 async def test_two_sweeps_at_once_expire_each_payout_once(working: Desk) -> None:

@@ -18,10 +18,22 @@ from sqlalchemy import event, text
 
 from common.db.ages import find_ages
 from common.db.callbacks import claim_callbacks, lock_callback_due
-from common.db.due import Claim, FinishedAttempt, claim_due, find_histories, find_rails_due, finish_attempts, lock_due
+from common.db.due import (
+    FIRST_TO_EXPIRE,
+    Claim,
+    FinishedAttempt,
+    claim_due,
+    claim_due_ids,
+    find_expired,
+    find_histories,
+    find_rails_due,
+    finish_attempts,
+    lock_due,
+)
 from common.db.engine import Engine, Tx
 from common.db.ledger import find_balance
-from common.db.payouts import find_by_external_ids, find_payout, lock_payouts
+from common.db.payouts import find_by_external_ids, find_moves, find_payout, lock_payouts
+from common.db.rail_events import lock_rail_events
 from gateway.accept import Accepted, decide_batch
 from tests.conftest import Server
 from tests.factories import Merchant, engine, execute, fetch, order
@@ -189,9 +201,28 @@ HOT: dict[str, tuple[str, Work]] = {
     ),
     "claim_callbacks": (
         WORKER, lambda _crowd: lambda tx: claim_callbacks(tx, token=uuid4(), lease_seconds=60.0, claim_max=64)),
+    "claim_due_ids": (WORKER, lambda crowd: lambda tx: claim_due_ids(tx, _claim(), crowd.ids, {})),
+    "claim_callbacks of messages": (
+        WORKER,
+        lambda crowd: lambda tx: claim_callbacks(
+            tx, token=uuid4(), lease_seconds=60.0, claim_max=64, event_ids=crowd.ids)),
+    "lock_payouts to cancel": (GATEWAY, lambda crowd: lambda tx: lock_payouts(tx, crowd.ids[:1])),
+    "lock_due to cancel": (GATEWAY, lambda crowd: lambda tx: lock_due(tx, crowd.ids[:1])),
+    "find_moves": (GATEWAY, lambda crowd: lambda tx: find_moves(tx, *crowd.keys[0])),
+    "find_expired": (WORKER, lambda _crowd: lambda tx: find_expired(tx, behind=FIRST_TO_EXPIRE, payouts_max=128)),
+    "lock_rail_events": (WORKER, lambda _crowd: lambda tx: lock_rail_events(tx, events_max=64)),
     "lock_callback_due": (WORKER, lambda crowd: lambda tx: lock_callback_due(tx, crowd.ids)),
     "find_ages": (WORKER, lambda _crowd: find_ages),
 }  # fmt: skip
+
+
+# Where more than one index would do, and all but one read everything that waits.
+INDEXES: dict[str, set[str]] = {
+    "claim_due_ids": {"payout_due_pkey"},
+    "claim_callbacks of messages": {"callback_due_pkey"},
+    "claim_callbacks": {"callback_due_by_time", "callback_due_pkey"},
+    "find_expired": {"payout_due_by_expiry"},
+}
 
 
 @pytest.mark.parametrize("name", HOT)
@@ -201,6 +232,9 @@ async def test_goes_by_index(crowd: Crowd, name: str) -> None:
         read = {(node["Node Type"], node["Relation Name"]) for node in _nodes(plan) if "Relation Name" in node}
         assert read, "the statement reads nothing"
         scanned = {relation for kind, relation in read if kind == "Seq Scan"}
+        if name in INDEXES:
+            indexes = {node["Index Name"] for node in _nodes(plan) if "Index Name" in node}
+            assert {index for index in indexes if "_due_" in index} == INDEXES[name]
         assert scanned & set(WATCHED) == set()
 
 
