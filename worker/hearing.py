@@ -10,7 +10,7 @@ from typing import Final
 from uuid import UUID
 
 from common.db.callbacks import Event
-from common.db.due import NewWord, append_words, find_histories, lock_due
+from common.db.due import History, NewWord, append_words, find_histories, lock_due
 from common.db.engine import Tx
 from common.db.ledger import LockedAccount, lock_accounts
 from common.db.payouts import LockedPayout, lock_payouts
@@ -71,6 +71,7 @@ async def hear(tx: Tx) -> Heard:
     await lock_due(tx, first.keys())
     payouts = {payout.id: payout for payout in await lock_payouts(tx, first.keys())}
     accounts = await lock_accounts(tx, {payout.account_id for payout in payouts.values()}, wait_seconds=0)
+    histories = await find_histories(tx, first.keys())
     effects: list[tuple[RailEvent, str]] = []
     waiting: list[RailEvent] = []
     steps: list[tuple[LockedPayout, RailEvent, _Step]] = []
@@ -78,6 +79,9 @@ async def hear(tx: Tx) -> Heard:
     for event in words:
         payout = None if event.payout_id is None else payouts[event.payout_id]
         if payout is not None and payout.account_id not in accounts:
+            waiting.append(event)
+            continue
+        if payout is not None and _must_wait(payout, event, histories):
             waiting.append(event)
             continue
         verdict = _judge(payout, event)
@@ -111,11 +115,16 @@ def note_discrepancies(found: Iterable[NewDiscrepancy]) -> None:
         )
 
 
+def _must_wait(payout: LockedPayout, event: RailEvent, histories: Mapping[UUID, History]) -> bool:
+    """While a call is under way only "paid" is heard: another word may be about an earlier one, and the answer will tell."""
+    return histories[payout.id].open_no is not None and event.outcome not in (Outcome.PAID, Outcome.RETURNED)
+
+
 def _judge(payout: LockedPayout | None, event: RailEvent) -> _Step | NewDiscrepancy:
     outcome = Outcome(event.outcome)
     if payout is None:
         return _discrepancy(payout, event, "reference", None)
-    if event.amount_minor is not None and (event.amount_minor, event.currency or payout.currency) != (
+    if (event.amount_minor or payout.amount_minor, event.currency or payout.currency) != (
         payout.amount_minor,
         payout.currency,
     ):

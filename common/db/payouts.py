@@ -241,7 +241,8 @@ _SAVE_MOVES = text(
              posted_after_minor, held_after_minor, id FROM moved WHERE seq IS NOT NULL)
     UPDATE payouts p
        SET state = m.state, version = m.version, failure_code = m.failure_code,
-           provider_reference = coalesce(p.provider_reference, m.provider_reference),
+           provider_reference = CASE WHEN p.resolution_seq IS NULL
+             THEN coalesce(p.provider_reference, m.provider_reference) ELSE p.provider_reference END,
            resolution_seq = coalesce(p.resolution_seq, m.seq),
            return_seq = CASE WHEN m.state = 'refunded' THEN m.seq END, updated_at = now(),
            finalized_at = coalesce(p.finalized_at, CASE WHEN m.seq IS NOT NULL THEN now() END)

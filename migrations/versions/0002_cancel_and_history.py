@@ -87,9 +87,12 @@ GUARDS = [
     """
     CREATE FUNCTION payouts_who_moves() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
-      IF (current_user = 'payouts_gateway') <> (NEW.state = 'canceled')
-           AND current_user IN ('payouts_gateway', 'payouts_worker')
-         OR NEW.state = 'expired' AND coalesce(NEW.expires_at > now(), true) THEN
+      IF current_user = 'payouts_gateway' AND NOT (OLD.state = 'queued' AND NEW.state = 'canceled'
+           AND OLD.provider_reference IS NOT DISTINCT FROM NEW.provider_reference)
+         OR current_user = 'payouts_worker' AND OLD.state <> 'canceled' AND NEW.state = 'canceled'
+         OR NEW.state = 'expired' AND OLD.state <> 'expired' AND coalesce(NEW.expires_at > now(), true)
+         OR NEW.state = 'sending' AND OLD.state = 'queued' AND NEW.expires_at <= now() AND current_user = 'payouts_worker'
+      THEN
         RAISE EXCEPTION USING ERRCODE = '23514', CONSTRAINT = 'payouts_who_moves', TABLE = 'payouts',
           MESSAGE = current_user || ' may not move a payout to ' || NEW.state || ' now';
       END IF;
@@ -97,8 +100,8 @@ GUARDS = [
     END $$
     """,
     """
-    CREATE TRIGGER payouts_who_moves BEFORE UPDATE OF state ON payouts
-      FOR EACH ROW WHEN (OLD.state IS DISTINCT FROM NEW.state) EXECUTE FUNCTION payouts_who_moves()
+    CREATE TRIGGER payouts_who_moves BEFORE UPDATE ON payouts
+      FOR EACH ROW EXECUTE FUNCTION payouts_who_moves()
     """,
     "REVOKE ALL ON FUNCTION payouts_who_moves() FROM PUBLIC",
     "DROP POLICY entries_of_gateway ON entries",
@@ -111,7 +114,8 @@ GRANTS = [
     GRANT UPDATE (state, version, failure_code, provider_reference, resolution_seq, updated_at, finalized_at)
       ON payouts TO payouts_gateway
     """,
-    "GRANT SELECT, UPDATE (due_at, lease_token), DELETE ON payout_due TO payouts_gateway",
+    # To lock a row one must be allowed to update some column of it; of this one no update is possible.
+    "GRANT SELECT, UPDATE (expires_at), DELETE ON payout_due TO payouts_gateway",
     "GRANT INSERT ON events, callbacks, callback_due TO payouts_gateway",
     *(
         f"GRANT SELECT ON payout_moves TO {role}"

@@ -150,10 +150,15 @@ GUARDS = [
       IF EXISTS (
         SELECT 1 FROM fresh f
           JOIN LATERAL (SELECT (array_agg(t.outcome ORDER BY t.attempt_no DESC))[1] AS latest,
-                               bool_or(t.outcome = 'paid') AS paid, count(*) AS made FROM payout_attempts t
+                               bool_or(t.outcome = 'paid') AS paid,
+                               bool_or(t.action = 'submit' AND t.finished_at IS NULL) AS under_way,
+                               coalesce(max(t.attempt_no) FILTER (WHERE t.outcome = 'submitted'), 0)
+                                 > coalesce(max(t.attempt_no) FILTER (WHERE t.outcome = 'declined'), 0) AS taken,
+                               count(*) AS made FROM payout_attempts t
                          WHERE t.payout_id = f.payout_id AND t.shop_id = f.shop_id) word ON true
          WHERE f.kind = 'release' AND word.made > 0
-           AND (word.paid OR coalesce(word.latest, '') NOT IN ('declined', 'not_accepted', 'not_found'))) THEN
+           AND (word.paid OR word.under_way OR word.taken
+                OR coalesce(word.latest, '') NOT IN ('declined', 'not_accepted', 'not_found'))) THEN
         RAISE EXCEPTION USING ERRCODE = '23514', CONSTRAINT = 'entries_release_is_definite', TABLE = 'entries',
           MESSAGE = 'money may not be released while its fate at the rail is unknown';
       END IF;

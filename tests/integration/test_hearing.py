@@ -108,6 +108,17 @@ async def test_a_final_word_ends_a_payout_in_whatever_stage_it_is(
 
     await say(working, payout_id, word)
     heard = await listen(working)
+    if state == "sending" and word in ("declined", "submitted"):
+        # A call is under way, and the word may be about an earlier one.
+        assert (heard, await working.state(payout_id)) == ([], "sending")
+        await working.make_due()
+        await working.claim()
+
+        async def applied() -> bool:
+            heard.extend(await listen(working))
+            return await working.state(payout_id) == end
+
+        await eventually(applied, "the word is heard when the call has ended")
 
     assert await working.state(payout_id) == end
     assert await working.entries(payout_id) == entries
@@ -294,3 +305,33 @@ async def test_the_sandbox_bank_speaks_by_itself(
 
     assert await working.state(payout_id) == end
     assert await discrepancies(working) == open_words
+
+
+async def test_a_decline_of_an_earlier_try_releases_nothing_while_the_next_one_is_under_way(working: Desk) -> None:
+    merchant = await working.merchant()
+    payout_id = await in_state(working, merchant, "queued")
+    await working.make_due()
+    (second,) = await working.claim()
+
+    await say(working, payout_id, "declined")
+    await listen(working)
+    assert await working.balance(merchant) == (FUNDS_MINOR, AMOUNT_MINOR)
+    await working.record(Ended(second, Answer(Outcome.PAID)))
+
+    async def told() -> bool:
+        await listen(working)
+        return await discrepancies(working) == [("status", "declined", "success")]
+
+    await eventually(told, "people hear of the contradiction")
+    assert await working.entries(payout_id) == ["hold", "capture"]
+
+
+async def test_a_return_that_names_the_banks_reference_first_is_heard(working: Desk) -> None:
+    merchant = await working.merchant()
+    payout_id = await in_state(working, merchant, "success")
+
+    await say(working, payout_id, "returned", provider_reference="B-77")
+    await listen(working)
+
+    assert await working.state(payout_id) == "refunded"
+    assert await effects(working) == ["moved"]
