@@ -4,7 +4,7 @@ Whoever decides holds the locks: due rows, payouts, then the accounts of those t
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
 
@@ -21,11 +21,15 @@ from common.domain.telling import event_type, render_payout_event
 
 @dataclass(frozen=True, slots=True)
 class Conclusion:
-    """What shall become of a payout: the next state (None: it stays) and the seconds until it is due again (None: never)."""
+    """What shall become of a payout: the next state (None: it stays) and the seconds until it is due again (None: never).
+
+    `passing`: the state that it passes through on its way, for this transaction only.
+    """
 
     state: State | None
     delay_seconds: float | None
     failure_code: str | None = None
+    passing: State | None = None
 
 
 # Of the final states; any other gives the money back that was held.
@@ -42,6 +46,13 @@ async def carry_out(
 
     Locks: the caller holds the due rows and the payouts, and in `accounts` the accounts of all that end.
     """
+    through = {
+        payout.id: replace(payout, state=conclusion.passing, version=payout.version + 1)
+        for payout, conclusion in concluded
+        if conclusion.passing is not None
+    }
+    await save_moves(tx, [Move(payout, through[payout.id].state) for payout, _ in concluded if payout.id in through])
+    concluded = [(through.get(payout.id, payout), conclusion) for payout, conclusion in concluded]
     moves = []
     for payout, conclusion in concluded:
         if conclusion.state is None:

@@ -3,6 +3,7 @@
 Only the rail's definite word ends a payout. "Unknown" keeps the money held and asks again; time alone decides nothing.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -54,8 +55,10 @@ def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | 
     money is gone whoever asked; everything else is for the one who has the lease now.
     """
     outcome, history = ended.answer.outcome, ended.call.history
-    if payout.state.is_final or payout.state is State.QUEUED:
+    if payout.state.is_final:
         return None
+    if payout.state is State.QUEUED:
+        return _conclude_queued(outcome)
     if outcome is Outcome.PAID:
         return Conclusion(State.SUCCESS, None)
     if not held:
@@ -66,6 +69,15 @@ def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | 
     if ended.call.action == SUBMIT:
         return _conclude_submit(outcome, 0 if history is None else history.submits_refused, ended.call.lag_seconds)
     return _conclude_look_up(payout, outcome, history)
+
+
+def _conclude_queued(outcome: Outcome) -> Conclusion | None:
+    """The rail has what it seemed not to have: the payout must not be sent again, nor given back."""
+    if outcome is Outcome.PAID:
+        return Conclusion(State.SUCCESS, None, passing=State.SENDING)
+    if outcome is Outcome.SUBMITTED:
+        return Conclusion(State.SUBMITTED, look_up_delay(0), passing=State.SENDING)
+    return None
 
 
 def _conclude_submit(outcome: Outcome, refusals_before: int, lag_seconds: float) -> Conclusion:
@@ -94,10 +106,23 @@ def _conclude_look_up(payout: LockedPayout, outcome: Outcome, history: History |
     return Conclusion(None, delay_seconds)
 
 
-def contradicts(payout: LockedPayout, outcome: Outcome) -> bool:
-    """Whether a definite word is against where the payout stands: that is for people, and no money moves."""
-    agreeing = {Outcome.PAID: (State.SUCCESS, State.REFUNDED), Outcome.DECLINED: (State.FAILED,)}
-    return outcome in agreeing and payout.state not in agreeing[outcome]
+# Words that say again, or too late, what is known of a payout that has ended. Of one that failed without the rail's "declined",
+# "submitted" is news.
+_KNOWN: Final[Mapping[State, frozenset[Outcome]]] = {
+    State.SUCCESS: frozenset({Outcome.PAID, Outcome.SUBMITTED}),
+    State.FAILED: frozenset({Outcome.DECLINED}),
+    State.CANCELED: frozenset({Outcome.DECLINED}),
+    State.EXPIRED: frozenset({Outcome.DECLINED}),
+    State.REFUNDED: frozenset({Outcome.PAID, Outcome.SUBMITTED, Outcome.RETURNED}),
+}
+_DEFINITE: Final = frozenset({Outcome.PAID, Outcome.DECLINED, Outcome.SUBMITTED, Outcome.RETURNED})
+
+
+def contradicts(state: State, outcome: Outcome, *, was_declined: bool) -> bool:
+    """Whether a definite word is against the final status of a payout: that is for people, and no money moves."""
+    if outcome not in _DEFINITE or not state.is_final:
+        return False
+    return outcome not in _KNOWN[state] and not (was_declined and outcome is Outcome.SUBMITTED)
 
 
 def sane(answer: Answer, action: str) -> Answer:

@@ -5,7 +5,7 @@ or about another amount, moves no money: it opens a discrepancy.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
@@ -27,20 +27,12 @@ from common.domain.payout import FAILURES, State
 from common.domain.schedule import look_up_delay
 from common.log import LogEvent, get_logger
 from common.moving import Conclusion, carry_out
+from worker.conclusions import contradicts
 from worker.rails import Outcome
 
 EVENTS_MAX: Final = 64
 # How long a word waits for an account that somebody else holds before it is its turn again.
 _BUSY_SECONDS: Final = 0.2
-
-# Words that say again, or too late, what is known of a payout that has ended.
-_KNOWN: Final[Mapping[State, frozenset[Outcome]]] = {
-    State.SUCCESS: frozenset({Outcome.PAID, Outcome.SUBMITTED}),
-    State.FAILED: frozenset({Outcome.DECLINED, Outcome.SUBMITTED}),
-    State.CANCELED: frozenset({Outcome.DECLINED}),
-    State.EXPIRED: frozenset({Outcome.DECLINED}),
-    State.REFUNDED: frozenset({Outcome.PAID, Outcome.SUBMITTED, Outcome.RETURNED}),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +45,10 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """The states that a word leads a payout through, and the word as it is written down. No states: nothing moves."""
+    """What a word leads to, and the word as it is written down. No conclusion: nothing moves."""
 
-    states: tuple[State, ...]
+    conclusion: Conclusion | None
     outcome: Outcome
-    failure_code: str | None = None
 
 
 async def hear(tx: Tx) -> Heard:
@@ -84,7 +75,7 @@ async def hear(tx: Tx) -> Heard:
         if payout is not None and _must_wait(payout, event, histories):
             waiting.append(event)
             continue
-        verdict = _judge(payout, event)
+        verdict = _judge(payout, event, was_declined=payout is not None and histories[payout.id].was_declined)
         if isinstance(verdict, NewDiscrepancy):
             found.append(verdict)
             effects.append((event, "discrepancy"))
@@ -93,13 +84,13 @@ async def hear(tx: Tx) -> Heard:
         steps.append((payout, event, verdict))
         again = event.outcome == Outcome.RETURNED and verdict.outcome is not Outcome.RETURNED
         if not again:
-            effects.append((event, "moved" if verdict.states else "known"))
-    events = await _take_steps(tx, [step for step in steps if step[2].states], accounts)
+            effects.append((event, "known" if verdict.conclusion is None else "moved"))
+    events = await _take_steps(tx, steps, histories, accounts)
     await open_discrepancies(tx, found)
     await finish_rail_events(tx, effects)
     await postpone_rail_events(tx, waiting, delay_seconds=_BUSY_SECONDS)
     note_discrepancies(found)
-    return Heard(len(effects) + sum(1 for *_, step in steps if step.states), events)
+    return Heard(len(words) - len(waiting), events)
 
 
 def note_discrepancies(found: Iterable[NewDiscrepancy]) -> None:
@@ -120,7 +111,7 @@ def _must_wait(payout: LockedPayout, event: RailEvent, histories: Mapping[UUID, 
     return histories[payout.id].open_no is not None and event.outcome not in (Outcome.PAID, Outcome.RETURNED)
 
 
-def _judge(payout: LockedPayout | None, event: RailEvent) -> _Step | NewDiscrepancy:
+def _judge(payout: LockedPayout | None, event: RailEvent, *, was_declined: bool) -> _Step | NewDiscrepancy:
     outcome = Outcome(event.outcome)
     if payout is None:
         return _discrepancy(payout, event, "reference", None)
@@ -129,28 +120,34 @@ def _judge(payout: LockedPayout | None, event: RailEvent) -> _Step | NewDiscrepa
         payout.currency,
     ):
         return _discrepancy(payout, event, "amount", f"{event.amount_minor} {event.currency or ''}".strip())
-    if payout.state.is_final:
-        if payout.state is State.SUCCESS and outcome is Outcome.RETURNED:
-            return _Step((State.REFUNDED,), outcome, "returned_by_bank")
-        if outcome in _KNOWN[payout.state]:
-            return _Step((), outcome)
+    if payout.state is State.SUCCESS and outcome is Outcome.RETURNED:
+        return _Step(Conclusion(State.REFUNDED, None, "returned_by_bank"), outcome)
+    if contradicts(payout.state, outcome, was_declined=was_declined):
         return _discrepancy(payout, event, "status", None)
+    if payout.state.is_final:
+        return _Step(None, outcome)
     # A rail that refused the payout before, and has it now, is not sent it again.
-    way = (State.SENDING,) if payout.state is State.QUEUED else ()
+    passing = State.SENDING if payout.state is State.QUEUED else None
     if outcome in (Outcome.PAID, Outcome.RETURNED):
         # What was returned was paid first; the word is heard again when that is done.
-        return _Step((*way, State.SUCCESS), Outcome.PAID)
+        return _Step(Conclusion(State.SUCCESS, None, passing=passing), Outcome.PAID)
     if outcome is Outcome.DECLINED:
         code = event.failure_code
-        return _Step((State.FAILED,), outcome, code if code in FAILURES else "other" if code else "provider_declined")
-    return _Step(() if payout.state is State.SUBMITTED else (*way, State.SUBMITTED), outcome)
+        known_code = code if code in FAILURES else "other" if code else "provider_declined"
+        return _Step(Conclusion(State.FAILED, None, known_code, passing), outcome)
+    if payout.state is State.SUBMITTED:
+        return _Step(None, outcome)
+    return _Step(Conclusion(State.SUBMITTED, look_up_delay(0), passing=passing), outcome)
 
 
 async def _take_steps(
-    tx: Tx, steps: Sequence[tuple[LockedPayout, RailEvent, _Step]], accounts: Mapping[int, LockedAccount]
+    tx: Tx,
+    steps: Sequence[tuple[LockedPayout, RailEvent, _Step]],
+    histories: Mapping[UUID, History],
+    accounts: Mapping[int, LockedAccount],
 ) -> list[Event]:
-    """Write the words down, then move; a payout that passes through a state on its way is there for this transaction only."""
-    histories = await find_histories(tx, [payout.id for payout, _, _ in steps])
+    """Write down the words that move something, then move."""
+    moving = [(payout, event, step.outcome, step.conclusion) for payout, event, step in steps if step.conclusion]
     await append_words(
         tx,
         [
@@ -160,27 +157,14 @@ async def _take_steps(
                 histories[payout.id].attempt_no + 1,
                 event.rail,
                 event.reference,
-                step.outcome,
+                outcome,
                 event.failure_code,
             )
-            for payout, event, step in steps
+            for payout, event, outcome, _ in moving
         ],
     )
-    references: dict[UUID, str | None] = {payout.id: event.provider_reference for payout, event, _ in steps}
-    passing = [(payout, Conclusion(step.states[0], None)) for payout, _, step in steps if len(step.states) > 1]
-    events = await carry_out(tx, passing, accounts, {})
-    ending = [
-        (
-            payout if len(step.states) == 1 else replace(payout, state=step.states[0], version=payout.version + 1),
-            Conclusion(
-                step.states[-1],
-                look_up_delay(0) if step.states[-1] is State.SUBMITTED else None,
-                step.failure_code,
-            ),
-        )
-        for payout, _, step in steps
-    ]
-    return events + await carry_out(tx, ending, accounts, references)
+    references: dict[UUID, str | None] = {payout.id: event.provider_reference for payout, event, _, _ in moving}
+    return await carry_out(tx, [(payout, conclusion) for payout, _, _, conclusion in moving], accounts, references)
 
 
 def _discrepancy(payout: LockedPayout | None, event: RailEvent, kind: str, detail: str | None) -> NewDiscrepancy:

@@ -55,7 +55,7 @@ async def record_answers(tx: Tx, ended: Sequence[Ended], *, wait_seconds: float)
         if payout_id in contradicted:
             against.append(item)
             continue
-        if payouts[payout_id].state.is_final or payouts[payout_id].state is State.QUEUED:
+        if contradicts(payouts[payout_id].state, item.answer.outcome, was_declined=_was_declined(item)):
             against.append(item)
         conclusion = conclude(payouts[payout_id], item, held=tokens.get(payout_id) == item.call.token)
         conclusions[payout_id] = conclusion or conclusions.get(payout_id)
@@ -87,10 +87,13 @@ async def _open_contradictions(tx: Tx, against: Iterable[tuple[LockedPayout, End
             kind="status",
         )
         for payout, item in against
-        if contradicts(payout, item.answer.outcome)
     ]
     await open_discrepancies(tx, found)
     note_discrepancies(found)
+
+
+def _was_declined(item: Ended) -> bool:
+    return item.call.history is not None and item.call.history.was_declined
 
 
 async def fail_without_route(tx: Tx, *, claim: Claim, after_shop: UUID) -> UUID | None:

@@ -76,7 +76,7 @@ _CLAIM_DUE_IDS = text(
 _LAST_ATTEMPTS = text(
     """
     SELECT wanted.payout_id, a.attempt_no, a.outcome, a.reference, a.submits_refused, a.look_ups, a.was_taken,
-           a.open_no
+           a.open_no, a.was_declined
       FROM unnest(CAST(:ids AS uuid[])) AS wanted (payout_id)
      CROSS JOIN LATERAL (
        SELECT max(attempt_no) AS attempt_no,
@@ -85,7 +85,8 @@ _LAST_ATTEMPTS = text(
               count(*) FILTER (WHERE outcome = 'not_accepted') AS submits_refused,
               count(*) FILTER (WHERE action = 'look_up') AS look_ups,
               coalesce(bool_or(outcome = 'submitted'), false) AS was_taken,
-              max(attempt_no) FILTER (WHERE finished_at IS NULL) AS open_no
+              max(attempt_no) FILTER (WHERE finished_at IS NULL) AS open_no,
+              coalesce(bool_or(outcome = 'declined'), false) AS was_declined
          FROM payout_attempts WHERE payout_id = wanted.payout_id) a
      WHERE a.attempt_no IS NOT NULL
     """
@@ -267,7 +268,7 @@ _RAILS_DUE = text(
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What was tried for a payout so far. `was_taken`: the rail said once that it had taken it.
+    """What was tried for a payout so far. `was_taken`, `was_declined`: the rail said once that it had taken, or declined it.
 
     `open_no`: the attempt that nobody has finished yet; words of the rail may have come since.
     """
@@ -279,6 +280,7 @@ class History:
     look_ups: int
     was_taken: bool = False
     open_no: int | None = None
+    was_declined: bool = False
 
 
 async def find_histories(tx: Tx, payout_ids: Collection[UUID]) -> dict[UUID, History]:
@@ -286,7 +288,14 @@ async def find_histories(tx: Tx, payout_ids: Collection[UUID]) -> dict[UUID, His
     rows = await tx.execute(_LAST_ATTEMPTS, {"ids": list(payout_ids)})
     return {
         row.payout_id: History(
-            row.attempt_no, row.outcome, row.reference, row.submits_refused, row.look_ups, row.was_taken, row.open_no
+            row.attempt_no,
+            row.outcome,
+            row.reference,
+            row.submits_refused,
+            row.look_ups,
+            row.was_taken,
+            row.open_no,
+            row.was_declined,
         )
         for row in rows
     }

@@ -91,7 +91,6 @@ GUARDS = [
            AND OLD.provider_reference IS NOT DISTINCT FROM NEW.provider_reference)
          OR current_user = 'payouts_worker' AND OLD.state <> 'canceled' AND NEW.state = 'canceled'
          OR NEW.state = 'expired' AND OLD.state <> 'expired' AND coalesce(NEW.expires_at > now(), true)
-         OR NEW.state = 'sending' AND OLD.state = 'queued' AND NEW.expires_at <= now() AND current_user = 'payouts_worker'
       THEN
         RAISE EXCEPTION USING ERRCODE = '23514', CONSTRAINT = 'payouts_who_moves', TABLE = 'payouts',
           MESSAGE = current_user || ' may not move a payout to ' || NEW.state || ' now';

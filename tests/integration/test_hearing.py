@@ -335,3 +335,24 @@ async def test_a_return_that_names_the_banks_reference_first_is_heard(working: D
 
     assert await working.state(payout_id) == "refunded"
     assert await effects(working) == ["moved"]
+
+
+@pytest.mark.parametrize(("late", "end"), [(Outcome.PAID, "success"), (Outcome.SUBMITTED, "submitted")])
+async def test_a_late_answer_for_a_payout_that_is_queued_again_is_believed(
+    working: Desk, late: Outcome, end: str
+) -> None:
+    """A worker slept through its lease, a look-up did not know the payout yet; then the worker wakes up with the answer."""
+    merchant = await working.merchant()
+    payout_id = await working.create(merchant)
+    (paused,) = await working.claim()
+    await working.make_due()
+    await working.claim()
+    await working.make_due()
+    (look_up,) = await working.claim()
+    await working.record(Ended(look_up, Answer(Outcome.NOT_FOUND)))
+    assert await working.state(payout_id) == "queued"
+
+    await working.record(Ended(paused, Answer(late)))
+
+    assert await working.state(payout_id) == end
+    assert await discrepancies(working) == []

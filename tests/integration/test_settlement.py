@@ -362,6 +362,11 @@ _HELD: dict[tuple[State, str, Outcome], Conclusion] = {
     (State.VERIFYING, LOOK_UP, Outcome.UNKNOWN): _stay(_AGAIN),
     (State.VERIFYING, LOOK_UP, Outcome.RETURNED): _stay(_AGAIN),
 }
+# What the rail seemed not to have, and has.
+_QUEUED = {
+    Outcome.PAID: Conclusion(State.SUCCESS, None, passing=State.SENDING),
+    Outcome.SUBMITTED: Conclusion(State.SUBMITTED, LOOK_UP_DELAYS[0], passing=State.SENDING),
+}
 _ACTIONS = {State.SENDING: SUBMIT, State.SUBMITTED: LOOK_UP, State.VERIFYING: LOOK_UP}
 
 
@@ -370,7 +375,7 @@ _ACTIONS = {State.SENDING: SUBMIT, State.SUBMITTED: LOOK_UP, State.VERIFYING: LO
 def test_conclude_moves_only_by_a_held_lease_or_because_it_was_paid(state: State, outcome: Outcome, held: bool) -> None:
     for action in [_ACTIONS[state]] if state in _ACTIONS else [SUBMIT, LOOK_UP]:
         payout = _locked(state, None)
-        expected = None
+        expected = _QUEUED.get(outcome) if state is State.QUEUED else None
         if state in _ACTIONS and (held or outcome is Outcome.PAID):
             expected = _HELD[state, action, outcome]
         assert conclude(payout, _ended(payout, action, outcome, None), held=held) == expected
@@ -381,6 +386,8 @@ def test_conclude_moves_only_by_a_held_lease_or_because_it_was_paid(state: State
 def test_a_late_answer_to_the_submit_counts_only_when_it_says_paid(state: State, outcome: Outcome) -> None:
     payout = _locked(state, None)
     expected = _SUCCESS if outcome is Outcome.PAID and state in _ACTIONS else None
+    if state is State.QUEUED:
+        expected = _QUEUED.get(outcome)
     assert conclude(payout, _ended(payout, SUBMIT, outcome, None), held=False) == expected
 
 
