@@ -39,25 +39,36 @@ _APPEND_EVENTS = text(
     """
 )
 
-_CLAIM_CALLBACKS = text(
-    """
-    WITH picked AS (
+# By time; or by the ids that somebody told us of, one probe for each.
+_PICKED_DUE = """
       SELECT d.event_id, d.shop_id FROM callback_due d
        WHERE d.due_at <= now() - make_interval(secs => CAST(:overdue_seconds AS float8))
-         AND (CAST(:ids AS uuid[]) IS NULL OR d.event_id = ANY (CAST(:ids AS uuid[])))
-       ORDER BY d.due_at LIMIT CAST(:claim_max AS int) FOR UPDATE SKIP LOCKED),
-    leased AS (
-      UPDATE callback_due d
-         SET lease_token = CAST(:token AS uuid), attempts_made = d.attempts_made + 1,
-             due_at = now() + make_interval(secs => CAST(:lease_seconds AS float8))
-        FROM picked WHERE d.event_id = picked.event_id AND d.shop_id = picked.shop_id
-      RETURNING d.event_id, d.shop_id, d.step, d.attempts_made)
-    SELECT l.event_id, l.shop_id, l.step, l.attempts_made AS attempt_no, c.url, e.body, s.webhook_secret_sealed
-      FROM leased l
-      JOIN callbacks c ON c.event_id = l.event_id AND c.shop_id = l.shop_id
-      JOIN events e ON e.id = l.event_id AND e.shop_id = l.shop_id
-      JOIN shops s ON s.id = l.shop_id
-    """
+       ORDER BY d.due_at LIMIT CAST(:claim_max AS int) FOR UPDATE SKIP LOCKED"""
+_PICKED_IDS = """
+      SELECT d.event_id, d.shop_id FROM (SELECT DISTINCT unnest(CAST(:ids AS uuid[])) AS id ORDER BY 1) w
+       CROSS JOIN LATERAL (
+         SELECT event_id, shop_id FROM callback_due
+          WHERE event_id = w.id AND due_at + interval '0' <= now() LIMIT 1 FOR UPDATE SKIP LOCKED) d
+       LIMIT CAST(:claim_max AS int)"""
+
+_CLAIM_CALLBACKS, _CLAIM_CALLBACK_IDS = (
+    text(
+        f"""
+        WITH picked AS ({picked}),
+        leased AS (
+          UPDATE callback_due d
+             SET lease_token = CAST(:token AS uuid), attempts_made = d.attempts_made + 1,
+                 due_at = now() + make_interval(secs => CAST(:lease_seconds AS float8))
+            FROM picked WHERE d.event_id = picked.event_id AND d.shop_id = picked.shop_id
+          RETURNING d.event_id, d.shop_id, d.step, d.attempts_made)
+        SELECT l.event_id, l.shop_id, l.step, l.attempts_made AS attempt_no, c.url, e.body, s.webhook_secret_sealed
+          FROM leased l
+          JOIN callbacks c ON c.event_id = l.event_id AND c.shop_id = l.shop_id
+          JOIN events e ON e.id = l.event_id AND e.shop_id = l.shop_id
+          JOIN shops s ON s.id = l.shop_id
+        """
+    )
+    for picked in (_PICKED_DUE, _PICKED_IDS)
 )
 
 _LOCK_CALLBACK_DUE = text(
@@ -132,21 +143,16 @@ async def claim_callbacks(
     event_ids: Sequence[UUID] | None = None,
     overdue_seconds: float = 0.0,
 ) -> list[ClaimedCallback]:
-    """Take the callbacks that are due longest under a lease, of those events or of all; what others hold is skipped.
+    """Take callbacks that are due under a lease: those of these events, else those that are due longest; others' are skipped.
 
-    `overdue_seconds`: how long past due a callback must be; messages have the first go.
+    `overdue_seconds`: how long past due the latter must be; messages have the first go.
     Locks: the due rows taken.
     """
-    rows = await tx.execute(
-        _CLAIM_CALLBACKS,
-        {
-            "token": token,
-            "lease_seconds": lease_seconds,
-            "claim_max": claim_max,
-            "ids": None if event_ids is None else list(event_ids),
-            "overdue_seconds": overdue_seconds,
-        },
-    )
+    lease = {"token": token, "lease_seconds": lease_seconds, "claim_max": claim_max}
+    if event_ids is None:
+        rows = await tx.execute(_CLAIM_CALLBACKS, {**lease, "overdue_seconds": overdue_seconds})
+    else:
+        rows = await tx.execute(_CLAIM_CALLBACK_IDS, {**lease, "ids": list(event_ids)})
     return [ClaimedCallback(**row._mapping) for row in rows]
 
 

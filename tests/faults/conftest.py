@@ -9,8 +9,11 @@ from sqlalchemy.engine import make_url
 
 from common.db.engine import Engine
 from common.settings import Settings
+from tests.broker import Broker
 from tests.conftest import Server
 from tests.factories import engine, settings
+from tests.faults.amqp_proxy import AmqpProxy, amqp_proxy
+from tests.faults.scene import SHORT_LEASES, Scene, scene
 
 
 @pytest.fixture
@@ -25,6 +28,20 @@ async def owner(database_url: str) -> AsyncIterator[Engine]:
     pool = engine(database_url)
     yield pool
     await pool.dispose()
+
+
+@pytest.fixture
+async def stage(database_url: str, broker: Broker, amqp_prefix: str) -> AsyncIterator[Scene]:
+    """A scene on the session's broker, with leases that run out within a test."""
+    async with scene(database_url, broker, amqp_prefix, **SHORT_LEASES) as there:
+        yield there
+
+
+@pytest.fixture
+async def proxy(broker: Broker) -> AsyncIterator[AmqpProxy]:
+    """A way to the session's broker that can be hurt."""
+    async with amqp_proxy(broker.url) as between:
+        yield between
 
 
 Superuser: TypeAlias = "asyncpg.Connection[asyncpg.Record]"

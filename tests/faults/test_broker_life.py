@@ -1,7 +1,7 @@
 """Faults of the broker itself: while it is away, silent, blocked or empty, payouts settle; then it carries them again."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from time import monotonic
 from uuid import uuid4
@@ -27,12 +27,6 @@ SILENCE_SECONDS = 3 * (HEARTBEAT_SECONDS + 1)
 
 # A blocked broker answers no good-bye; whoever leaves waits for some seconds and no longer.
 LEAVING_SECONDS_MAX = 15.0
-
-
-@pytest.fixture
-async def stage(database_url: str, broker: Broker, amqp_prefix: str) -> AsyncIterator[Scene]:
-    async with scene(database_url, broker, amqp_prefix, **SHORT_LEASES) as there:
-        yield there
 
 
 async def connected(stage: Scene, process: Process, link: str) -> float:

@@ -19,27 +19,15 @@ from common.messaging.topology import Topology, Work
 from common.process import end_tasks
 from tests.broker import Broker
 from tests.factories import environment, execute, fetch
-from tests.faults.amqp_proxy import ACK, DELIVER, AmqpProxy, Fate, Way, amqp_proxy
+from tests.faults.amqp_proxy import ACK, DELIVER, AmqpProxy, Fate, Way
 from tests.faults.proxy import Proxy
 from tests.faults.proxy import proxy as database_proxy
-from tests.faults.scene import LAG_SECONDS_MAX, SHORT_LEASES, Parked, Scene, control, declare_all, scene
+from tests.faults.scene import LAG_SECONDS_MAX, SHORT_LEASES, Parked, Scene, control, declare_all
 from tests.stack import eventually
 from tests.terminal import Terminal
 
 # A recipient whose bank pays and never answers: the call lasts until the rail's time-out.
 SILENT = "01712340201"
-
-
-@pytest.fixture
-async def stage(database_url: str, broker: Broker, amqp_prefix: str) -> AsyncIterator[Scene]:
-    async with scene(database_url, broker, amqp_prefix, **SHORT_LEASES) as there:
-        yield there
-
-
-@pytest.fixture
-async def proxy(broker: Broker) -> AsyncIterator[AmqpProxy]:
-    async with amqp_proxy(broker.url) as between:
-        yield between
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Faults between a gateway and the broker: whatever becomes of a publish, the create was answered and the payout settles."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from time import monotonic
 
@@ -14,18 +13,6 @@ from tests.factories import add_funded_merchant
 from tests.faults.amqp_proxy import ACK, CONNECTION_CLOSE, PUBLISH, START_OK, AmqpProxy, Fate, Way, amqp_proxy
 from tests.faults.scene import LAG_SECONDS_MAX, SHORT_LEASES, Scene, rises, scene
 from tests.stack import Process, eventually
-
-
-@pytest.fixture
-async def stage(database_url: str, broker: Broker, amqp_prefix: str) -> AsyncIterator[Scene]:
-    async with scene(database_url, broker, amqp_prefix, **SHORT_LEASES) as there:
-        yield there
-
-
-@pytest.fixture
-async def proxy(broker: Broker) -> AsyncIterator[AmqpProxy]:
-    async with amqp_proxy(broker.url) as between:
-        yield between
 
 
 async def test_settles_once_when_the_first_confirm_is_lost(stage: Scene, proxy: AmqpProxy) -> None:

@@ -2,28 +2,18 @@
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
 from time import monotonic
 
-import pytest
-
 from common.messaging.topology import Work
-from tests.broker import Broker
 from tests.factories import fetch
 from tests.faults.amqp_proxy import CONNECTION_CLOSE, DELIVER, START_OK, Way, amqp_proxy
 from tests.faults.proxy import proxy as database_proxy
-from tests.faults.scene import LAG_SECONDS_MAX, SHORT_LEASES, Scene, scene
+from tests.faults.scene import LAG_SECONDS_MAX, Scene
 from tests.stack import Process, eventually, http_status
 
 SILENT = "01712340201"
 # To tasks that hang on a silent peer, to the broker's connections, to the database's.
 GOOD_BYES_SECONDS_MAX = 10.0
-
-
-@pytest.fixture
-async def stage(database_url: str, broker: Broker, amqp_prefix: str) -> AsyncIterator[Scene]:
-    async with scene(database_url, broker, amqp_prefix, **SHORT_LEASES) as there:
-        yield there
 
 
 async def a_call_hangs(stage: Scene) -> None:

@@ -18,7 +18,16 @@ from sqlalchemy import event, text
 
 from common.db.ages import find_ages
 from common.db.callbacks import claim_callbacks, lock_callback_due
-from common.db.due import Claim, FinishedAttempt, claim_due, find_histories, find_rails_due, finish_attempts, lock_due
+from common.db.due import (
+    Claim,
+    FinishedAttempt,
+    claim_due,
+    claim_due_ids,
+    find_histories,
+    find_rails_due,
+    finish_attempts,
+    lock_due,
+)
 from common.db.engine import Engine, Tx
 from common.db.ledger import find_balance
 from common.db.payouts import find_by_external_ids, find_payout, lock_payouts
@@ -188,9 +197,22 @@ HOT: dict[str, tuple[str, Work]] = {
     ),
     "claim_callbacks": (
         WORKER, lambda _crowd: lambda tx: claim_callbacks(tx, token=uuid4(), lease_seconds=60.0, claim_max=64)),
+    "claim_due_ids": (WORKER, lambda crowd: lambda tx: claim_due_ids(tx, _claim(), crowd.ids, {})),
+    "claim_callbacks of messages": (
+        WORKER,
+        lambda crowd: lambda tx: claim_callbacks(
+            tx, token=uuid4(), lease_seconds=60.0, claim_max=64, event_ids=crowd.ids)),
     "lock_callback_due": (WORKER, lambda crowd: lambda tx: lock_callback_due(tx, crowd.ids)),
     "find_ages": (WORKER, lambda _crowd: find_ages),
 }  # fmt: skip
+
+
+# Where more than one index would do, and all but one read everything that waits.
+INDEXES: dict[str, set[str]] = {
+    "claim_due_ids": {"payout_due_pkey"},
+    "claim_callbacks of messages": {"callback_due_pkey"},
+    "claim_callbacks": {"callback_due_by_time", "callback_due_pkey"},
+}
 
 
 @pytest.mark.parametrize("name", HOT)
@@ -200,6 +222,9 @@ async def test_goes_by_index(crowd: Crowd, name: str) -> None:
         read = {(node["Node Type"], node["Relation Name"]) for node in _nodes(plan) if "Relation Name" in node}
         assert read, "the statement reads nothing"
         scanned = {relation for kind, relation in read if kind == "Seq Scan"}
+        if name in INDEXES:
+            indexes = {node["Index Name"] for node in _nodes(plan) if "Index Name" in node}
+            assert {index for index in indexes if "_due_" in index} == INDEXES[name]
         assert scanned & set(WATCHED) == set()
 
 
