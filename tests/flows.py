@@ -20,10 +20,12 @@ from common.settings import Settings
 from gateway.accept import Accepted, Order, decide_batch
 from tests.conftest import Server
 from tests.factories import Merchant, add_funded_merchant, execute, fetch, order, settings
+from worker.claiming import claim_calls
 from worker.conclusions import Call, Ended
 from worker.rails import Rail, Rails
 from worker.rails.sandbox import SandboxRail
-from worker.settlement import Settler, claim_calls, record_answers
+from worker.recording import record_answers
+from worker.settlement import Settler
 
 DRAIN_SECONDS = 20.0
 # Enough for every worker of a test to be in a transaction at the same time.

@@ -38,9 +38,10 @@ from tests.flows import LOCK_WAIT_SECONDS, Desk, cloned, desk, forge
 from worker.callbacks.deliver import Ended as Delivered
 from worker.callbacks.deliver import record_attempts
 from worker.callbacks.send import Attempt
+from worker.claiming import claim_calls
 from worker.conclusions import Ended
 from worker.rails import Answer, Outcome
-from worker.settlement import claim_calls, record_answers
+from worker.recording import record_answers
 
 PAYOUTS, SHOPS = 50_000, 5
 BATCH = 128
