@@ -76,7 +76,7 @@ class Publisher:
                     break
                 spent, lane = lane, await _open_lane(connection)
                 self._lane = lane
-                closing.append(asyncio.create_task(spent.close()))
+                closing = [task for task in closing if not task.done()] + [asyncio.create_task(spent.close())]
         finally:
             self._lane = None
             report(False)

@@ -32,7 +32,6 @@ Method = tuple[int, int]
 START_OK: Final[Method] = (10, 11)
 CONNECTION_CLOSE: Final[Method] = (10, 50)
 CHANNEL_CLOSE: Final[Method] = (20, 40)
-BIND_OK: Final[Method] = (50, 21)
 PUBLISH: Final[Method] = (60, 40)
 DELIVER: Final[Method] = (60, 60)
 ACK: Final[Method] = (60, 80)
@@ -53,7 +52,6 @@ class Fate(Enum):
     RESET = auto()  # the frame is lost; both sides get a reset
     BLACK_HOLE = auto()  # from this frame on, that way, everything vanishes; the connection stays open
     DROP = auto()  # this frame vanishes, the next ones pass
-    PAUSE = auto()  # from this frame on, that way, everything waits, and what is sent piles up, until `flow`
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,8 +256,6 @@ class AmqpProxy:
                     link.reset()
                 elif rule.fate is Fate.BLACK_HOLE:
                     link.gone.add(frame.way)
-                elif rule.fate is Fate.PAUSE:
-                    link.flowing[frame.way].clear()
                 return rule.fate
         return None
 

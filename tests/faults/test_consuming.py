@@ -282,24 +282,31 @@ async def test_settles_at_once_what_was_claimed_when_the_connection_broke(
 @pytest.mark.parametrize(
     "point", ["before the claim is committed", "between the claim's commit and the acknowledgement"]
 )
-async def test_settles_once_when_a_worker_is_killed(stage: Scene, slow_database: Proxy, point: str) -> None:
+async def test_settles_once_when_a_worker_is_killed(
+    stage: Scene, proxy: AmqpProxy, slow_database: Proxy, point: str
+) -> None:
     """Fault: kill -9 of a worker with a message in hand, at that point; its database answers late, so that there is time."""
     gateway = await stage.start("gateway")
-    worker = await stage.start("worker", "settle", DATABASE_URL=slow_database.url)
+    worker = await stage.start("worker", "settle", AMQP_URL=proxy.url, DATABASE_URL=slow_database.url)
     await stage.start("worker", "callbacks")
     await stage.create(1)
     await stage.assert_work_flows(gateway, worker)
-    slow_database.delay(0.2)
+    delivered = proxy.counts[Way.DOWN, DELIVER]
+    slow_database.delay(0.5)
     (external_id,) = await stage.create(1)
-    state = "queued" if point.startswith("before") else "sending"
+
+    async def is_sending() -> bool:
+        query = "SELECT 1 FROM payouts WHERE external_id = :id AND state = 'sending'"
+        return bool(await fetch(stage.owner, query, id=external_id))
 
     async def there() -> bool:
-        query = "SELECT 1 FROM payouts WHERE external_id = :id AND state = :state"
-        rows = await fetch(stage.owner, query, id=external_id, state=state)
-        return bool(rows) and await unacknowledged(stage) == 1
+        # The claim takes several round trips to the database, and its commit is half a second from being known.
+        return proxy.counts[Way.DOWN, DELIVER] > delivered if point.startswith("before") else await is_sending()
 
     await eventually(there, point)
     await worker.kill()
+    assert await is_sending() is not point.startswith("before")
+    assert proxy.unacknowledged == 1
     slow_database.delay(0)
     await stage.travel()
     other = await stage.start("worker", "settle")
