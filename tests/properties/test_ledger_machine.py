@@ -1,7 +1,8 @@
 """The life of payouts in any order that Hypothesis can think of, on real PostgreSQL: after every step each rule holds.
 
-Two shops with little money, few external ids, every recipient of the sandbox; workers that are paused before or after their
-call, speak late and twice; time that jumps. `LEDGER_EXAMPLES=500` looks longer, and elsewhere every time.
+Two shops with little money, few external ids, every recipient of the sandbox; merchants that cancel; workers that are paused
+before or after their call, speak late and twice; a bank that speaks by itself, repeats itself and names wrong sums; rivals on
+connections of their own; time that jumps. `LEDGER_EXAMPLES=2000` looks longer, and elsewhere every time.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import random
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, TypeVar
 from uuid import UUID, uuid4
 
@@ -18,22 +20,25 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from common.canceling import cancel, expire
 from common.db.callbacks import claim_callbacks
-from common.db.engine import in_transaction
+from common.db.engine import Tx, in_transaction
+from common.db.rail_events import NewRailEvent, append_rail_events
 from common.domain.ids import PAYOUT, render_id
-from common.errors import ExternalIdReused, InsufficientBalance
+from common.errors import ExternalIdReused, InsufficientBalance, NotCancelable
 from common.recipients import Recipient
 from gateway.accept import Accepted, Order
 from tests.conftest import Server
 from tests.factories import Merchant, execute, fetch, order
-from tests.flows import Desk, assert_sound, cloned, desk
+from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, cloned, desk, forge
 from worker.callbacks.deliver import Ended as Delivered
 from worker.callbacks.deliver import record_attempts
 from worker.callbacks.send import Attempt
 from worker.conclusions import SUBMIT, Call, Ended
+from worker.hearing import hear
 from worker.rails import Answer, Outcome, PaymentOrder, Rail
 
-EXAMPLES = int(os.environ.get("LEDGER_EXAMPLES", "30"))
+EXAMPLES = int(os.environ.get("LEDGER_EXAMPLES", "200"))
 STEPS = 16
 
 FUNDS = ("60.00", "200.00")
@@ -43,9 +48,15 @@ PATIENCE_SECONDS = 0.04
 _T = TypeVar("_T")
 
 # Each recipient of the sandbox that differs in more than the reason of a refusal; the first is the usual one.
-NUMBERS = tuple(f"0171234{last}" for last in ("5678", "0001", "0105", "0120", "0200", "0201", "0202", "0203"))
+NUMBERS = tuple(f"0171234{last}" for last in (
+    "5678", "0001", "0105", "0120", "0200", "0201", "0202", "0203", "0300", "0301", "0400", "0401"
+))  # fmt: skip
+# It books "declined" and says "paid" later: which of them ends the payout is a matter of which arrives.
+TWO_TONGUED = "0301"
 EXTERNAL_IDS = tuple(f"PAY-{number}" for number in range(40))
 AMOUNTS_MINOR = (100, 500, 1000)
+# Some payouts have a time after which they must not be sent; it is over when the machine says so.
+LIFETIME = timedelta(days=1)
 
 # Chance decides what is ordered: Hypothesis would draw few orders, and mostly equal ones.
 _seeds = st.integers(0, 2**32 - 1)
@@ -55,10 +66,11 @@ _positions = st.integers(0, 999)
 
 @dataclass(slots=True)
 class Paused:
-    """A worker that holds a call, and what the bank has answered it if it got that far."""
+    """A worker that holds a call, and what the bank has answered it if it got that far. `era`: how often time had jumped."""
 
     call: Call
     answer: Answer | None
+    era: int
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -76,6 +88,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self._paused: list[Paused] = []
         self._recorded: list[Ended] = []
         self._told: list[Delivered] = []
+        self._era = 0
+        self._words = 0
+        self._url: str
         self._desk: Desk
         self._merchants: list[Merchant]
         self._bank: Rail
@@ -88,8 +103,8 @@ class LedgerMachine(RuleBasedStateMachine):
         return self.runner.run(awaited())
 
     async def _open(self) -> None:
-        url = await self._resources.enter_async_context(cloned(self.server, self.template))
-        self._desk = await self._resources.enter_async_context(desk(url))
+        self._url = await self._resources.enter_async_context(cloned(self.server, self.template))
+        self._desk = await self._resources.enter_async_context(desk(self._url))
         self._merchants = [await self._desk.merchant(funds=funds, webhook_url="http://127.0.0.1:9/") for funds in FUNDS]
         self._bank = self._desk.sandbox()
 
@@ -98,13 +113,14 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # --- creates ---
 
-    def _order(self, shop: int, external_id: str, amount_minor: int, number: str) -> Order:
+    def _order(self, shop: int, external_id: str, amount_minor: int, number: str, *, expires: bool = False) -> Order:
         made = order(
             self._desk.settings,
             self._merchants[shop].shop,
             external_id=external_id,
             amount_minor=amount_minor,
             recipient=number,
+            expires_at=datetime.now(UTC) + LIFETIME if expires else None,
         )
         self._numbers[made.id] = number
         return made
@@ -120,7 +136,8 @@ class LedgerMachine(RuleBasedStateMachine):
         for _ in range(count):
             shop = chance.randrange(len(FUNDS))
             external_id, amount_minor = chance.choice(EXTERNAL_IDS), chance.choice(AMOUNTS_MINOR)
-            made = self._order(shop, external_id, amount_minor, chance.choice(NUMBERS))
+            expires = chance.random() < 0.2
+            made = self._order(shop, external_id, amount_minor, chance.choice(NUMBERS), expires=expires)
             before = self._accepted.get((shop, external_id))
             wishes.append((shop, made if before is None or chance.random() < 0.5 else self._twin(shop, before)))
         return wishes
@@ -198,7 +215,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def claim_and_pause(self, reached: bool) -> None:
         """A worker that is stopped, before its calls or after them."""
         for call in self._run(self._desk.claim()):
-            self._paused.append(Paused(call, self._run(self._ask(call)) if reached else None))
+            self._paused.append(Paused(call, self._run(self._ask(call)) if reached else None, self._era))
 
     async def _ask(self, call: Call) -> Answer:
         if call.action != SUBMIT:
@@ -219,9 +236,15 @@ class LedgerMachine(RuleBasedStateMachine):
             self.jump()
             self._run(self._desk.claim())
         awake, self._paused = self._paused[:count], self._paused[count:]
-        ended = [Ended(item.call, item.answer or self._run(self._ask(item.call))) for item in awake]
+        ended = [Ended(item.call, item.answer or self._go_on(item)) for item in awake]
         self._run(self._desk.record(*ended))
         self._recorded += ended
+
+    def _go_on(self, item: Paused) -> Answer:
+        """Who finds its lease gone makes no call any more."""
+        if item.era == self._era:
+            return self._run(self._ask(item.call))
+        return Answer(Outcome.NOT_ACCEPTED if item.call.action == SUBMIT else Outcome.UNKNOWN)
 
     @rule(at=_positions)
     def record_again(self, at: int) -> None:
@@ -232,8 +255,104 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self._run(fetch(self._desk.owner, "SELECT * FROM entries ORDER BY account_id, seq")) == before
 
     def jump(self) -> None:
-        """Time goes on until everything that waits is due, leases included."""
+        """Time goes on until everything that waits is due, leases and what the bank will say included."""
+        self._era += 1
         self._run(self._desk.make_due())
+        said = "UPDATE rail_events SET due_at = now() - interval '1 second' WHERE applied_at IS NULL"
+        self._run(execute(self._desk.owner, said))
+
+    # --- merchants change their mind, and time runs out ---
+
+    @rule(at=_positions)
+    def cancel(self, at: int) -> None:
+        """A payout that nobody has sent yet is canceled, again too; any other is not, and nothing moves."""
+        key = self._pick(at)
+        state = self._run(self._desk.state(self._accepted[key].id))
+        verdict = self._run(self._cancel(key))
+        if state in ("queued", "canceled"):
+            assert verdict == "canceled" or isinstance(verdict, NotCancelable)
+        else:
+            assert isinstance(verdict, NotCancelable)
+            assert self._run(self._desk.state(self._accepted[key].id)) == state
+
+    def _pick(self, at: int) -> tuple[int, str]:
+        return sorted(self._accepted)[at % len(self._accepted)]
+
+    async def _cancel(self, key: tuple[int, str]) -> str | NotCancelable:
+        shop, external_id = key
+
+        async def work(tx: Tx) -> str:
+            shop_id = self._merchants[shop].shop.id
+            payout, _ = await cancel(tx, shop_id, external_id, wait_seconds=LOCK_WAIT_SECONDS)
+            return str(payout.state)
+
+        try:
+            return await in_transaction(self._desk.gateway, work)
+        except NotCancelable as error:
+            return error
+
+    @rule()
+    def expire(self) -> None:
+        """Time is over for those that had some; the sweep ends what was not sent in time."""
+        for table in ("payouts", "payout_due"):
+            past = f"UPDATE {table} SET expires_at = now() - interval '1 second' WHERE expires_at IS NOT NULL"
+            self._run(forge(self.server, self._url, past))
+        self._run(self._expire())
+
+    async def _expire(self) -> None:
+        await in_transaction(self._desk.worker, lambda tx: expire(tx, payouts_max=128))
+
+    # --- the bank speaks by itself ---
+
+    @rule()
+    def hear(self) -> None:
+        """What the bank has said so far is applied."""
+        self._run(self._hear())
+
+    async def _hear(self) -> None:
+        while (await in_transaction(self._desk.worker, hear)).count:
+            pass
+
+    @rule(at=_positions, twice=st.booleans(), wrong_sum=st.booleans())
+    def say(self, at: int, twice: bool, wrong_sum: bool) -> None:
+        """The bank tells by itself what it knows of a payment, for another sum too, or for the second time."""
+        known = (
+            "SELECT reference, amount_minor, currency, state FROM sandbox.payments WHERE state <> 'absent' ORDER BY 1"
+        )
+        payments = self._run(fetch(self._desk.owner, known))
+        if not payments:
+            return
+        payment = payments[at % len(payments)]
+        self._words += 1
+        word = NewRailEvent(
+            rail="sandbox",
+            event_id=f"word-{self._words}",
+            reference=payment.reference,
+            outcome=payment.state,
+            amount_minor=payment.amount_minor + (1 if wrong_sum else 0),
+            currency=payment.currency,
+        )
+        for _ in range(2 if twice else 1):
+            self._run(in_transaction(self._desk.worker, lambda tx: append_rail_events(tx, [word])))
+        self._run(self._hear())
+
+    # --- all of it at once ---
+
+    @rule(ats=st.lists(_positions, min_size=1, max_size=6), later=st.booleans())
+    def everybody_at_once(self, ats: list[int], later: bool) -> None:
+        """Two workers, a sweep and merchants that cancel, each on connections of their own."""
+        if later:
+            self.jump()
+        self._run(self._rush([self._pick(at) for at in ats]))
+
+    async def _rush(self, keys: list[tuple[int, str]]) -> None:
+        workers = [self._desk.settler(rail_timeout_seconds=PATIENCE_SECONDS) for _ in range(2)]
+        await asyncio.gather(
+            *(self._desk.settle(worker) for worker in workers),
+            *(self._cancel(key) for key in keys),
+            self._hear(),
+            self._expire(),
+        )
 
     # --- callbacks ---
 
@@ -279,13 +398,22 @@ class LedgerMachine(RuleBasedStateMachine):
     @invariant()
     def the_banks_memory_is_ours(self) -> None:
         """What the bank paid, we did not release; what we call paid, it paid, once and in full."""
-        query = "SELECT reference, amount_minor, state FROM sandbox.payments"
+        # What the bank has submitted it pays when its time has come, whether somebody looks or not.
+        query = """
+            SELECT reference, amount_minor,
+                   CASE WHEN state = 'submitted' AND settles_at <= now() THEN 'paid' ELSE state END AS state
+              FROM sandbox.payments
+        """
         bank = {row.reference: row for row in self._run(fetch(self._desk.owner, query))}
         for row in self._run(fetch(self._desk.owner, "SELECT id, amount_minor, state FROM payouts")):
             payment = bank.pop(render_id(PAYOUT, row.id), None)
-            if row.state == "success":
+            if self._numbers[row.id].endswith(TWO_TONGUED):
+                continue
+            if row.state in ("success", "refunded"):
                 assert payment is not None
                 assert (payment.state, payment.amount_minor) == ("paid", row.amount_minor)
+            if row.state in ("canceled", "expired"):
+                assert payment is None or payment.state == "absent"
             if row.state == "failed":
                 assert payment is not None
                 assert payment.state == "declined"
