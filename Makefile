@@ -3,7 +3,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test check lint types fmt reset venv
+.PHONY: help run demo test plants check lint types fmt reset venv
 
 help: ## Show this.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile | expand -t 16
@@ -16,6 +16,9 @@ demo: venv ## Send 1,000 payouts through what `make run` brought up.
 
 test: venv ## Run the tests; ARGS="-k word" chooses some.
 	@$(PYTHON) -m pytest $(ARGS)
+
+plants: venv ## Plant the faults that would cost money, one by one; each must turn a test red.
+	@$(PYTHON) -m tests.plants $(ARGS)
 
 check: lint types test ## Lint, types and tests.
 

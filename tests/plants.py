@@ -1,0 +1,180 @@
+"""Faults that would cost money, planted one by one into a copy of the code: each must turn a test red.
+
+`make plants` runs it and prints a table. A plant that nobody notices is a hole in the tests, and the exit code is 1.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parents[1]
+TIMEOUT_SECONDS: Final = 300
+
+_FIRST_RED: Final = re.compile(r"^(?:FAILED|ERROR) \S+?::(\w+)", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Plant:
+    """A fault: in that file, `sound` becomes `broken`; some of these tests must fail."""
+
+    name: str
+    file: str
+    sound: str
+    broken: str
+    tests: tuple[str, ...]
+
+
+_CONCURRENT: Final = "tests/faults/test_concurrent_creates.py"
+_SETTLEMENT: Final = "tests/integration/test_settlement.py"
+_API: Final = "tests/integration/test_payouts_api.py"
+
+PLANTS: Final = (
+    Plant(
+        "accounts are read without a lock",
+        "migrations/versions/0001_main_job.py",
+        "WHERE a.id = ANY (account_ids) ORDER BY a.id FOR NO KEY UPDATE) l;",
+        "WHERE a.id = ANY (account_ids) ORDER BY a.id) l;",
+        (_CONCURRENT,),
+    ),
+    Plant(
+        "accounts are locked in another order by some",
+        "migrations/versions/0001_main_job.py",
+        "WHERE a.id = ANY (account_ids) ORDER BY a.id FOR NO KEY UPDATE) l;",
+        "WHERE a.id = ANY (account_ids) ORDER BY random() FOR NO KEY UPDATE) l;",
+        (_CONCURRENT, _SETTLEMENT),
+    ),
+    Plant(
+        "accounts are locked before due rows",
+        "worker/recording.py",
+        "    tokens = await lock_due(tx, ids)\n",
+        "    await lock_accounts(tx, {item.call.payout.account_id for item in ended}, wait_seconds=wait_seconds)\n"
+        "    tokens = await lock_due(tx, ids)\n",
+        (_SETTLEMENT,),
+    ),
+    Plant(
+        "an external id that exists is not looked for",
+        "gateway/accept.py",
+        "payout = existing.get((order.shop.id, order.external_id))",
+        "payout = None",
+        (_API,),
+    ),
+    Plant(
+        "the content of a reused id is not compared",
+        "gateway/accept.py",
+        "return ExternalIdReused(differing) if differing else",
+        "return",
+        (_API,),
+    ),
+    Plant(
+        "the balance is not looked at",
+        "gateway/accept.py",
+        "if order.amount_minor > account.spendable_minor:",
+        "if False:",
+        (_API,),
+    ),
+    Plant(
+        "a time-out releases the money",
+        "worker/conclusions.py",
+        "    return Conclusion(State.VERIFYING, max(look_up_delay(0), lag_seconds))",
+        '    return Conclusion(State.FAILED, None, "other")',
+        (_SETTLEMENT,),
+    ),
+    Plant(
+        "a resend has a new reference",
+        "worker/claiming.py",
+        "render_id(PAYOUT, payout.id) if history is None else history.reference",
+        "render_id(PAYOUT, token)",
+        (_SETTLEMENT,),
+    ),
+    Plant(
+        "the lease is not checked before the call",
+        "worker/settlement.py",
+        "if monotonic() > call.start_until:",
+        "if False:",
+        (_SETTLEMENT,),
+    ),
+    Plant(
+        "a lost lease still counts",
+        "worker/conclusions.py",
+        "    if not held:\n",
+        "    if False:\n",
+        (_SETTLEMENT,),
+    ),
+    Plant(
+        "a lapsed lease sends again instead of asking",
+        "worker/claiming.py",
+        "            moves.append(Move(payout, State.VERIFYING))\n",
+        "            moves.append(Move(payout, State.QUEUED))\n",
+        (_SETTLEMENT,),
+    ),
+    Plant(
+        "what a rail denies that never promised to know is sent again",
+        "worker/rails/sandbox.py",
+        "Answer(Outcome.NOT_FOUND) if payment.authoritative else",
+        "Answer(Outcome.NOT_FOUND) if True else",
+        (_SETTLEMENT,),
+    ),
+    Plant(
+        "a word against a final status goes unnoticed",
+        "worker/conclusions.py",
+        "    if outcome not in _DEFINITE or not state.is_final:\n        return False\n",
+        "    return False\n",
+        (_SETTLEMENT, "tests/integration/test_hearing.py"),
+    ),
+)
+
+
+def main() -> int:
+    """Plant them all, or those whose name contains one of the arguments; 1 when one was not noticed."""
+    wanted = sys.argv[1:]
+    unnoticed = 0
+    for plant in PLANTS:
+        if wanted and not any(word in plant.name for word in wanted):
+            continue
+        noticed_by = plant_and_test(plant)
+        unnoticed += noticed_by is None
+        print(f"{plant.name:<62}  {noticed_by or 'NOBODY NOTICED'}", flush=True)
+    return 1 if unnoticed else 0
+
+
+def plant_and_test(plant: Plant) -> str | None:
+    """The first test that a fault turns red, or None when all of its tests pass."""
+    with tempfile.TemporaryDirectory(prefix="payouts-plant-") as folder:
+        copy = Path(folder)
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
+        for name in listed.stdout.split("\0"):
+            if name and (ROOT / name).is_file():
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                (copy / name).write_bytes((ROOT / name).read_bytes())
+        file = copy / plant.file
+        file.write_text(file.read_text().replace(plant.sound, plant.broken))
+        return _first_red(copy, plant.tests)
+
+
+def _first_red(copy: Path, tests: Sequence[str]) -> str | None:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    ran = subprocess.run(
+        command,
+        cwd=copy,
+        env=os.environ | {"PYTHONPATH": str(copy)},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    red = _FIRST_RED.search(ran.stdout)
+    if ran.returncode == 1 and red:
+        return red[1]
+    if ran.returncode:
+        raise RuntimeError(f"the tests did not run: {ran.stdout[-2000:]}{ran.stderr[-2000:]}")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
