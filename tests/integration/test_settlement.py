@@ -13,12 +13,15 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from common.canceling import cancel
 from common.db.due import History
 from common.db.engine import in_transaction
 from common.db.payouts import LockedPayout
+from common.db.rail_events import NewRailEvent, append_rail_events
 from common.db.tables import metadata
 from common.domain.payout import STAGES, State
 from common.domain.schedule import LOOK_UP_DELAYS, SUBMIT_DELAYS
+from common.errors import NotCancelable
 from common.moving import Conclusion
 from common.recipients import Recipient
 from gateway.accept import decide_batch
@@ -26,6 +29,7 @@ from tests.factories import execute, fetch, order
 from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, desk
 from tests.stack import eventually
 from worker.conclusions import LOOK_UP, SUBMIT, Call, Ended, conclude
+from worker.hearing import hear
 from worker.rails import Answer, Outcome, PaymentOrder
 
 FUNDS_MINOR = 100_000_000
@@ -733,7 +737,7 @@ def _answers(calls: list[Call], chance: random.Random) -> Iterator[Ended]:
         yield Ended(call, Answer(outcome, failure_code="other" if outcome is Outcome.DECLINED else None))
 
 
-async def test_accepting_claiming_and_recording_never_deadlock(database_url: str) -> None:
+async def test_accepting_claiming_recording_canceling_and_hearing_never_deadlock(database_url: str) -> None:
     """No transaction is repeated: the first deadlock, or lock not to be had, fails the test."""
     patient = {"PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS": "30", "PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS": "60"}
     async with desk(database_url, **patient) as working:
@@ -752,6 +756,28 @@ async def test_accepting_claiming_and_recording_never_deadlock(database_url: str
             batches = [chance.sample(ended, len(ended)) for _ in range(3)] + [ended[::2], ended[1::2]]
             await asyncio.gather(*(working.record(*batch) for batch in batches))
 
+        async def cancel_some() -> None:
+            query = "SELECT shop_id, external_id FROM payouts WHERE state = 'queued' ORDER BY random() LIMIT 8"
+            for row in await fetch(working.owner, query):
+                key = (row.shop_id, row.external_id)
+                with suppress(NotCancelable):
+                    await in_transaction(
+                        working.gateway,
+                        lambda tx, key=key: cancel(tx, *key, wait_seconds=LOCK_WAIT_SECONDS),  # type: ignore[misc]
+                        attempts_max=1,
+                    )
+
+        async def say_and_hear() -> None:
+            query = """
+                SELECT reference FROM payout_attempts t JOIN payouts p ON p.id = t.payout_id
+                 WHERE t.attempt_no = 1 AND t.finished_at IS NOT NULL AND p.state IN ('submitted', 'verifying')
+                 ORDER BY random() LIMIT 8
+            """
+            references = [row.reference for row in await fetch(working.owner, query)]
+            words = [NewRailEvent("sandbox", str(uuid4()), reference, Outcome.PAID) for reference in references]
+            await in_transaction(working.worker, lambda tx: append_rail_events(tx, words), attempts_max=1)
+            await in_transaction(working.worker, hear, attempts_max=1)
+
         async def repeat(work: Callable[[], Awaitable[None]], times: int) -> None:
             for _ in range(times):
                 await work()
@@ -768,6 +794,9 @@ async def test_accepting_claiming_and_recording_never_deadlock(database_url: str
             for _ in range(4):
                 group.create_task(repeat(accept, 10))
                 group.create_task(repeat(settle, 12))
+            for _ in range(2):
+                group.create_task(repeat(cancel_some, 10))
+                group.create_task(repeat(say_and_hear, 10))
             group.create_task(repeat(travel, 10))
         await assert_sound(working.owner)
         assert await working.count("payouts") == 4 * 10 * 24
