@@ -22,7 +22,9 @@ class LogEvent(StrEnum):
     PAYOUT_LEASE_EXPIRED = "payout.lease_expired"
     PAYOUT_LEASE_LOST = "payout.lease_lost"
     PAYOUT_CONTRADICTED = "payout.contradicted"
+    PAYOUT_EXPIRY_REFUSED = "payout.expiry_refused"
     RAIL_CRASHED = "rail.crashed"
+    RAIL_EVENT_REFUSED = "rail.event_refused"
     CALLBACK_ATTEMPTED = "callback.attempted"
     SECRET_UNSEALABLE = "secret.unsealable"  # noqa: S105 an event
     BROKER_CONNECTED = "broker.connected"

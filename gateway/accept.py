@@ -24,17 +24,14 @@ from common.domain.ledger import Entry, EntryKind
 from common.domain.money import render_amount
 from common.domain.payout import State
 from common.errors import (
-    AccessDenied,
     AccountBusy,
     ExternalIdReused,
     FieldError,
     InsufficientBalance,
-    InvalidApiKey,
     InvalidRequest,
     InvariantViolated,
     Overloaded,
     PayoutsError,
-    ShopNotFound,
 )
 from common.log import LogEvent, get_logger
 
@@ -282,12 +279,9 @@ def _decide(
     order: Order, locked: LockedAccount, existing: dict[tuple[UUID, str], Payout], accepted: list[NewPayout]
 ) -> Verdict:
     """One order, after those before it: `existing` and the account already know them."""
-    if locked.merchant_status == "closed":
-        return InvalidApiKey()
-    if locked.merchant_status != "active":
-        return AccessDenied()
-    if locked.shop_status != "active":
-        return ShopNotFound(order.shop.code)
+    objection = locked.objection(order.shop.code)
+    if objection is not None:
+        return objection
     payout = existing.get((order.shop.id, order.external_id))
     if payout is not None:
         differing = _differing_fields(order, payout)

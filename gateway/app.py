@@ -38,8 +38,9 @@ from common.settings import Settings
 from gateway.accept import Acceptor, Order
 from gateway.auth import Authenticator, Caller, read_credentials
 from gateway.balance import show_balance
+from gateway.cancel import Canceler
 from gateway.errors import REQUEST_ID, SERVER, render_error
-from gateway.keys import ACCEPTOR, AUTHENTICATOR, ENGINE, KEYRING, READINESS, SETTINGS, TELL_EVENTS
+from gateway.keys import ACCEPTOR, AUTHENTICATOR, CANCELER, ENGINE, KEYRING, READINESS, SETTINGS
 from gateway.payouts import cancel_payout, create_payout, list_payout_events, show_payout
 
 PREFIX: Final = "/api/v1"
@@ -96,11 +97,9 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
         accept_engine = create_engine(
             settings, role="payouts_gateway", application="payouts-gateway-accept", pool_max=accepting
         )
+        read_pool = max(1, settings.database_pool_max - accepting)
         engine = app[ENGINE] = create_engine(
-            settings,
-            role="payouts_gateway",
-            application="payouts-gateway-read",
-            pool_max=max(1, settings.database_pool_max - accepting),
+            settings, role="payouts_gateway", application="payouts-gateway-read", pool_max=read_pool
         )
         app[AUTHENTICATOR] = Authenticator(
             engine,
@@ -119,7 +118,12 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
             wait_seconds=settings.accept_wait_seconds_max,
             tell=partial(_tell, publisher) if settings.amqp_urls else lambda _: None,
         )
-        app[TELL_EVENTS] = partial(_tell_events, publisher) if settings.amqp_urls else lambda _: None
+        app[CANCELER] = Canceler(
+            engine,
+            slots=max(1, read_pool // 2),
+            busy_seconds_max=settings.database_lock_timeout_seconds,
+            tell=partial(_tell_events, publisher) if settings.amqp_urls else lambda _: None,
+        )
         # The broker may come later, or never: accepting does not need it.
         links = [Link("publish", settings.amqp_urls, publisher.session)] if settings.amqp_urls else []
         readiness.watch(links)

@@ -8,7 +8,6 @@ from typing import Final
 from aiohttp import web
 from jsonschema import Draft202012Validator
 
-from common.canceling import cancel
 from common.db.engine import READ_ATTEMPTS_MAX, Tx, in_transaction
 from common.db.merchants import Shop
 from common.db.payouts import PastMove, Payout, find_moves, find_payout
@@ -21,7 +20,7 @@ from common.sealing import Keyring
 from gateway.accept import Order
 from gateway.auth import Caller
 from gateway.errors import json_response
-from gateway.keys import ACCEPTOR, AUTHENTICATOR, ENGINE, KEYRING, SETTINGS, TELL_EVENTS
+from gateway.keys import ACCEPTOR, AUTHENTICATOR, CANCELER, ENGINE, KEYRING, SETTINGS
 from gateway.schemas import AMOUNT_INVALID, CreatePayout, parse_create_payout, read_query, render_history, render_payout
 
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
@@ -63,14 +62,8 @@ async def cancel_payout(request: web.Request, caller: Caller, _body: bytes) -> w
 
     Repeat: 200 again. Raises: `NotCancelable` from the moment on that a worker has taken it.
     """
-    app = request.app
     shop, external_id = await _resolve(request, caller)
-    wait_seconds = app[SETTINGS].database_lock_timeout_seconds
-    payout, events = await in_transaction(
-        app[ENGINE], lambda tx: cancel(tx, shop.id, external_id, wait_seconds=wait_seconds)
-    )
-    app[TELL_EVENTS](events)
-    return json_response(render_payout(payout, shop))
+    return json_response(render_payout(await request.app[CANCELER].cancel(shop.id, external_id), shop))
 
 
 async def list_payout_events(request: web.Request, caller: Caller, _body: bytes) -> web.Response:

@@ -182,6 +182,20 @@ async def forge(server: Server, url: str, statement: str) -> None:
         await connection.close()
 
 
+async def obstruct(owner: Engine, payout_id: UUID) -> None:
+    """Have the database refuse every further move of a payout, as a rule would that nobody has thought of."""
+    statement = (
+        f"CREATE TRIGGER obstructed BEFORE UPDATE ON payouts FOR EACH ROW WHEN (OLD.id = '{payout_id}')"
+        " EXECUTE FUNCTION refuse_change()"
+    )
+    await execute(owner, statement)
+
+
+async def let_pass(owner: Engine) -> None:
+    """Take the obstruction away."""
+    await execute(owner, "DROP TRIGGER obstructed ON payouts")
+
+
 async def broken_rules(owner: Engine) -> dict[str, tuple[str, ...]]:
     """The rules of the ledger that do not hold, and the first offenders of each."""
     return {finding.rule.name: finding.offenders for finding in await verify(owner) if finding.count}

@@ -4,19 +4,22 @@ An event tells the rail's final word, so it may end a payout in whatever stage i
 or about another amount, moves no money: it opens a discrepancy.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final
 from uuid import UUID
 
 from common.db.callbacks import Event
 from common.db.due import History, NewWord, append_words, find_histories, lock_due
-from common.db.engine import Tx
-from common.db.ledger import LockedAccount, lock_accounts
+from common.db.engine import Engine, Tx, constraint_name, in_transaction
+from common.db.ledger import lock_accounts
 from common.db.payouts import LockedPayout, lock_payouts
 from common.db.rail_events import (
+    EventKey,
     NewDiscrepancy,
     RailEvent,
+    find_rail_events_due,
     finish_rail_events,
     lock_rail_events,
     open_discrepancies,
@@ -25,22 +28,26 @@ from common.db.rail_events import (
 from common.domain.ids import PAYOUT, new_id, render_id
 from common.domain.payout import FAILURES, State
 from common.domain.schedule import look_up_delay
+from common.errors import Transient
 from common.log import LogEvent, get_logger
 from common.moving import Conclusion, carry_out
 from worker.conclusions import contradicts
 from worker.rails import Outcome
 
 EVENTS_MAX: Final = 64
-# How long a word waits for an account that somebody else holds before it is its turn again.
+# How long a word waits for an account that somebody else holds, or for a call under way, before it is its turn again.
 _BUSY_SECONDS: Final = 0.2
+# How long a word waits that the database refuses to carry out.
+_REFUSED_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What came of listening: how many words were applied, and the events to tell of."""
+    """What came of listening: how many words were applied, the events to tell of, the discrepancies that are new."""
 
-    count: int
-    events: list[Event]
+    count: int = 0
+    events: list[Event] = field(default_factory=list)
+    discrepancies: list[NewDiscrepancy] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,51 +58,112 @@ class _Step:
     outcome: Outcome
 
 
-async def hear(tx: Tx) -> Heard:
-    """Apply the oldest words, one for each payout. What waits for an account that somebody else holds is left for later.
+@dataclass(slots=True)
+class _Plan:
+    """What the words about one payout, in their order, come to: at most one step, and what is known or contradicted."""
 
-    Locks: the words, due rows, payouts, accounts.
+    payout: LockedPayout | None
+    step: tuple[RailEvent, _Step] | None = None
+    effects: list[tuple[RailEvent, str]] = field(default_factory=list)
+    found: list[NewDiscrepancy] = field(default_factory=list)
+    waiting: list[RailEvent] = field(default_factory=list)
+
+    @property
+    def payout_id(self) -> UUID | None:
+        """Whom it is about; None: nobody of ours."""
+        return None if self.payout is None else self.payout.id
+
+    @property
+    def account_id(self) -> int | None:
+        """The account that it needs, if it moves money."""
+        conclusion = None if self.step is None else self.step[1].conclusion
+        if self.payout is None or conclusion is None or conclusion.state is None or not conclusion.state.is_final:
+            return None
+        return self.payout.account_id
+
+
+async def hear(engine: Engine) -> Heard:
+    """Apply the oldest words. One that the database refuses holds up nobody: it is logged, and its turn comes again later.
+
+    Repeat: a word is applied once, whoever gets to it first.
     """
-    heard = await lock_rail_events(tx, events_max=EVENTS_MAX)
-    first = {event.payout_id: event for event in reversed(heard) if event.payout_id is not None}
-    words = [event for event in heard if event.payout_id is None or first[event.payout_id] is event]
-    await lock_due(tx, first.keys())
-    payouts = {payout.id: payout for payout in await lock_payouts(tx, first.keys())}
-    accounts = await lock_accounts(tx, {payout.account_id for payout in payouts.values()}, wait_seconds=0)
-    histories = await find_histories(tx, first.keys())
-    effects: list[tuple[RailEvent, str]] = []
-    waiting: list[RailEvent] = []
-    steps: list[tuple[LockedPayout, RailEvent, _Step]] = []
-    found: list[NewDiscrepancy] = []
-    for event in words:
-        payout = None if event.payout_id is None else payouts[event.payout_id]
-        if payout is not None and payout.account_id not in accounts:
-            waiting.append(event)
-            continue
-        if payout is not None and _must_wait(payout, event, histories):
-            waiting.append(event)
-            continue
-        verdict = _judge(payout, event, was_declined=payout is not None and histories[payout.id].was_declined)
-        if isinstance(verdict, NewDiscrepancy):
-            found.append(verdict)
-            effects.append((event, "discrepancy"))
-            continue
-        assert payout is not None, "what is not ours is a discrepancy"
-        steps.append((payout, event, verdict))
-        again = event.outcome == Outcome.RETURNED and verdict.outcome is not Outcome.RETURNED
-        if not again:
-            effects.append((event, "known" if verdict.conclusion is None else "moved"))
-    events = await _take_steps(tx, steps, histories, accounts)
-    await open_discrepancies(tx, found)
+    keys = await in_transaction(engine, lambda tx: find_rail_events_due(tx, events_max=EVENTS_MAX))
+    if not keys:
+        return Heard()
+    try:
+        heard = await in_transaction(engine, partial(apply_words, keys=keys))
+    except Transient:
+        raise
+    except Exception:
+        each = [await _hear_one(engine, key) for key in keys]
+        heard = Heard(
+            sum(one.count for one in each),
+            [event for one in each for event in one.events],
+            [discrepancy for one in each for discrepancy in one.discrepancies],
+        )
+    note_discrepancies(heard.discrepancies)
+    return heard
+
+
+async def _hear_one(engine: Engine, key: EventKey) -> Heard:
+    try:
+        return await in_transaction(engine, partial(apply_words, keys=[key]))
+    except Transient:
+        raise
+    except Exception as error:
+        rail, event_id = key
+        get_logger().error(
+            LogEvent.RAIL_EVENT_REFUSED,
+            rail=rail,
+            event_id=event_id,
+            error=type(error).__name__,
+            constraint=constraint_name(error),
+        )
+    await in_transaction(engine, lambda tx: postpone_rail_events(tx, [key], delay_seconds=_REFUSED_SECONDS))
+    return Heard()
+
+
+async def apply_words(tx: Tx, keys: Collection[EventKey]) -> Heard:
+    """Apply words, all about one payout in their order until one has moved it; those after it have their turn next time.
+
+    Locks: the words, due rows, payouts, then the accounts of those that end; what waits for an account that somebody
+    else holds is left for later.
+    """
+    words = await lock_rail_events(tx, keys)
+    ids = {event.payout_id for event in words if event.payout_id is not None}
+    await lock_due(tx, ids)
+    payouts = {payout.id: payout for payout in await lock_payouts(tx, ids)}
+    histories = await find_histories(tx, ids)
+    plans = [
+        _plan(
+            None if payout_id is None else payouts[payout_id],
+            [event for event in words if event.payout_id == payout_id],
+            None if payout_id is None else histories[payout_id],
+        )
+        for payout_id in {event.payout_id: None for event in words}
+    ]
+    needed = {plan.account_id for plan in plans if plan.account_id is not None}
+    accounts = await lock_accounts(tx, needed, wait_seconds=0) if needed else {}
+    busy = {plan.payout_id for plan in plans if plan.account_id is not None and plan.account_id not in accounts}
+    ready = [plan for plan in plans if plan.payout_id not in busy]
+    steps = [(plan.payout, *plan.step) for plan in ready if plan.payout is not None and plan.step is not None]
+    await _append_steps(tx, steps, histories)
+    concluded = [(payout, step.conclusion) for payout, _, step in steps if step.conclusion is not None]
+    references: dict[UUID, str | None] = {payout.id: event.provider_reference for payout, event, _ in steps}
+    events = await carry_out(tx, concluded, accounts, references)
+    opened = await open_discrepancies(tx, [found for plan in ready for found in plan.found])
+    effects = [effect for plan in ready for effect in plan.effects]
     await finish_rail_events(tx, effects)
+    waiting = [event.key for plan in ready for event in plan.waiting]
+    waiting += [event.key for event in words if event.payout_id in busy]
     await postpone_rail_events(tx, waiting, delay_seconds=_BUSY_SECONDS)
-    note_discrepancies(found)
-    return Heard(len(words) - len(waiting), events)
+    applied = {event.key for event, _ in effects} | {event.key for _, event, _ in steps}
+    return Heard(len(applied), events, opened)
 
 
-def note_discrepancies(found: Iterable[NewDiscrepancy]) -> None:
-    """Have them in the log as well."""
-    for discrepancy in found:
+def note_discrepancies(opened: Iterable[NewDiscrepancy]) -> None:
+    """Have them in the log as well, once they are committed."""
+    for discrepancy in opened:
         get_logger().error(
             LogEvent.PAYOUT_CONTRADICTED,
             payout=None if discrepancy.payout_id is None else render_id(PAYOUT, discrepancy.payout_id),
@@ -106,24 +174,54 @@ def note_discrepancies(found: Iterable[NewDiscrepancy]) -> None:
         )
 
 
-def _must_wait(payout: LockedPayout, event: RailEvent, histories: Mapping[UUID, History]) -> bool:
+def _plan(payout: LockedPayout | None, words: Sequence[RailEvent], history: History | None) -> _Plan:
+    """Judge the words about one payout in their order, each against where those before it have left the payout."""
+    plan = _Plan(payout)
+    was_declined = history is not None and history.was_declined
+    seen = payout
+    for event in words:
+        if history is not None and _must_wait(history, event):
+            plan.waiting.append(event)
+            continue
+        verdict = _judge(seen, event, was_declined=was_declined)
+        if isinstance(verdict, NewDiscrepancy):
+            plan.found.append(verdict)
+            plan.effects.append((event, "discrepancy"))
+        elif verdict.conclusion is None:
+            plan.effects.append((event, "known"))
+        elif plan.step is not None:
+            break
+        else:
+            plan.step = (event, verdict)
+            if event.outcome != verdict.outcome:
+                # It was paid before it was returned; the word itself is heard when that is done.
+                break
+            plan.effects.append((event, "moved"))
+            if seen is not None and verdict.conclusion.state is not None:
+                seen = replace(seen, state=verdict.conclusion.state)
+            was_declined = was_declined or verdict.outcome is Outcome.DECLINED
+    return plan
+
+
+def _must_wait(history: History, event: RailEvent) -> bool:
     """While a call is under way only "paid" is heard: another word may be about an earlier one, and the answer will tell."""
-    return histories[payout.id].open_no is not None and event.outcome not in (Outcome.PAID, Outcome.RETURNED)
+    return history.open_no is not None and event.outcome not in (Outcome.PAID, Outcome.RETURNED)
 
 
 def _judge(payout: LockedPayout | None, event: RailEvent, *, was_declined: bool) -> _Step | NewDiscrepancy:
     outcome = Outcome(event.outcome)
     if payout is None:
-        return _discrepancy(payout, event, "reference", None)
+        return _discrepancy(payout, event, "reference")
     if (event.amount_minor or payout.amount_minor, event.currency or payout.currency) != (
         payout.amount_minor,
         payout.currency,
     ):
-        return _discrepancy(payout, event, "amount", f"{event.amount_minor} {event.currency or ''}".strip())
+        named = f"{event.amount_minor or ''} {event.currency or ''}".strip()
+        return _discrepancy(payout, event, "amount", named)
     if payout.state is State.SUCCESS and outcome is Outcome.RETURNED:
         return _Step(Conclusion(State.REFUNDED, None, "returned_by_bank"), outcome)
     if contradicts(payout.state, outcome, was_declined=was_declined):
-        return _discrepancy(payout, event, "status", None)
+        return _discrepancy(payout, event, "status")
     if payout.state.is_final:
         return _Step(None, outcome)
     # A rail that refused the payout before, and has it now, is not sent it again.
@@ -140,34 +238,26 @@ def _judge(payout: LockedPayout | None, event: RailEvent, *, was_declined: bool)
     return _Step(Conclusion(State.SUBMITTED, look_up_delay(0), passing=passing), outcome)
 
 
-async def _take_steps(
-    tx: Tx,
-    steps: Sequence[tuple[LockedPayout, RailEvent, _Step]],
-    histories: Mapping[UUID, History],
-    accounts: Mapping[int, LockedAccount],
-) -> list[Event]:
-    """Write down the words that move something, then move."""
-    moving = [(payout, event, step.outcome, step.conclusion) for payout, event, step in steps if step.conclusion]
-    await append_words(
-        tx,
-        [
-            NewWord(
-                payout.id,
-                payout.shop_id,
-                histories[payout.id].attempt_no + 1,
-                event.rail,
-                event.reference,
-                outcome,
-                event.failure_code,
-            )
-            for payout, event, outcome, _ in moving
-        ],
-    )
-    references: dict[UUID, str | None] = {payout.id: event.provider_reference for payout, event, _, _ in moving}
-    return await carry_out(tx, [(payout, conclusion) for payout, _, _, conclusion in moving], accounts, references)
+async def _append_steps(
+    tx: Tx, steps: Sequence[tuple[LockedPayout, RailEvent, _Step]], histories: Mapping[UUID, History]
+) -> None:
+    """Write down the words that move something, in line with the answers to calls."""
+    words = [
+        NewWord(
+            payout.id,
+            payout.shop_id,
+            histories[payout.id].attempt_no + 1,
+            event.rail,
+            event.reference,
+            step.outcome,
+            event.failure_code,
+        )
+        for payout, event, step in steps
+    ]
+    await append_words(tx, words)
 
 
-def _discrepancy(payout: LockedPayout | None, event: RailEvent, kind: str, detail: str | None) -> NewDiscrepancy:
+def _discrepancy(payout: LockedPayout | None, event: RailEvent, kind: str, detail: str = "") -> NewDiscrepancy:
     return NewDiscrepancy(
         id=new_id(),
         rail=event.rail,

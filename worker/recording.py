@@ -17,16 +17,18 @@ from common.domain.ids import new_id
 from common.domain.payout import State
 from common.moving import Conclusion, carry_out
 from worker.conclusions import Ended, conclude, contradicts, sane
-from worker.hearing import note_discrepancies
 from worker.rails import Outcome
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What came of a record: the events that were stored, and the payouts that were left because their account is busy."""
+    """What came of a record: the events that were stored, the payouts that were left because their account is busy, and
+    the discrepancies that are new.
+    """
 
     events: list[Event]
     busy: set[UUID]
+    discrepancies: list[NewDiscrepancy]
 
 
 async def record_answers(tx: Tx, ended: Sequence[Ended], *, wait_seconds: float) -> Recorded:
@@ -67,13 +69,13 @@ async def record_answers(tx: Tx, ended: Sequence[Ended], *, wait_seconds: float)
         for key, c in conclusions.items()
         if c and c.state and c.state.is_final and payouts[key].account_id not in accounts
     }
-    await _open_contradictions(tx, [(payouts[item.call.payout.id], item) for item in against])
+    opened = await _open_contradictions(tx, [(payouts[item.call.payout.id], item) for item in against])
     await finish_attempts(tx, [_finished(item) for item in ended if item.call.payout.id not in busy])
     concluded = [(payouts[key], c) for key, c in conclusions.items() if c is not None and key not in busy]
-    return Recorded(await carry_out(tx, concluded, accounts, references), busy)
+    return Recorded(await carry_out(tx, concluded, accounts, references), busy, opened)
 
 
-async def _open_contradictions(tx: Tx, against: Iterable[tuple[LockedPayout, Ended]]) -> None:
+async def _open_contradictions(tx: Tx, against: Iterable[tuple[LockedPayout, Ended]]) -> list[NewDiscrepancy]:
     """Words against where a payout stands are for people; no money moves."""
     found = [
         NewDiscrepancy(
@@ -88,8 +90,7 @@ async def _open_contradictions(tx: Tx, against: Iterable[tuple[LockedPayout, End
         )
         for payout, item in against
     ]
-    await open_discrepancies(tx, found)
-    note_discrepancies(found)
+    return await open_discrepancies(tx, found)
 
 
 def _was_declined(item: Ended) -> bool:

@@ -27,7 +27,7 @@ from common.sealing import Keyring, SealBroken
 from common.settings import Settings
 from worker.claiming import claim_calls
 from worker.conclusions import SUBMIT, Call, Ended
-from worker.hearing import EVENTS_MAX, hear
+from worker.hearing import hear, note_discrepancies
 from worker.rails import Answer, Outcome, PaymentOrder, Rail, Rails
 from worker.recording import fail_without_route, record_answers
 from worker.scanning import OVERDUE_SECONDS
@@ -95,21 +95,21 @@ class Settler:
         overdue_seconds = OVERDUE_SECONDS if self._messages_arrive() and not behind else 0.0
         claimed = [await self._claim(name, rail, overdue_seconds) for name, rail in self._rails.items()]
         self._left_behind = self._left_behind or (behind and any(claimed))
-        await self._hear()
+        heard = await self._hear()
         if monotonic() >= self._no_route_at:
             self._no_route_at = monotonic() + _NO_ROUTE_SECONDS
             await self._fail_without_route()
-        return any(claimed)
+        return any(claimed) or heard
 
-    async def _hear(self) -> None:
-        """Apply what rails have said by themselves, as long as there is a whole batch of it."""
-        heard = EVENTS_MAX
-        while heard >= EVENTS_MAX and monotonic() >= self._hear_at:
-            result = await in_transaction(self._engine, hear)
-            self._tell(ids_to_tell(result.events))
-            heard = result.count
-        if heard == 0:
+    async def _hear(self) -> bool:
+        """Apply some of what rails have said by themselves. Returns whether there was anything."""
+        if monotonic() < self._hear_at:
+            return False
+        heard = await hear(self._engine)
+        self._tell(ids_to_tell(heard.events))
+        if heard.count == 0:
             self._hear_at = monotonic() + _HEAR_SECONDS
+        return heard.count > 0
 
     async def claim_messages(self, messages: Sequence[WorkMessage]) -> bool:
         """Claim what messages tell of and start its calls, as room comes; False when it was given up, since we leave.
@@ -282,6 +282,7 @@ class Settler:
             lambda tx: record_answers(tx, ended, wait_seconds=wait_seconds),
             attempts_max=_RECORD_ATTEMPTS_MAX,
         )
+        note_discrepancies(recorded.discrepancies)
         self._tell(ids_to_tell(recorded.events))
         return [item.call.payout.id not in recorded.busy for item in ended]
 

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Final
 from uuid import UUID
 
 from prometheus_client import Gauge
 
-from common.canceling import expire
+from common.canceling import expire_page
 from common.db.ages import find_ages
 from common.db.callbacks import ids_to_tell
 from common.db.due import FIRST_TO_EXPIRE, Expiring
@@ -42,8 +41,7 @@ class Sweeper:
         """Sweep once. There is never more to do at once."""
         behind: Expiring | None = FIRST_TO_EXPIRE
         while behind is not None:
-            page = partial(expire, behind=behind, payouts_max=_EXPIRED_MAX)
-            behind, events = await in_transaction(self._engine, page)
+            behind, events = await expire_page(self._engine, behind=behind, payouts_max=_EXPIRED_MAX)
             self._tell(ids_to_tell(events))
         ages = await in_transaction(self._engine, find_ages)
         OLDEST_PAYOUT.set(ages.payout_seconds)

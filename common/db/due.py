@@ -75,12 +75,11 @@ _CLAIM_DUE_IDS = text(
 
 _LAST_ATTEMPTS = text(
     """
-    SELECT wanted.payout_id, a.attempt_no, a.outcome, a.reference, a.submits_refused, a.look_ups, a.was_taken,
+    SELECT wanted.payout_id, a.attempt_no, a.reference, a.submits_refused, a.look_ups, a.was_taken,
            a.open_no, a.was_declined
       FROM unnest(CAST(:ids AS uuid[])) AS wanted (payout_id)
      CROSS JOIN LATERAL (
        SELECT max(attempt_no) AS attempt_no,
-              (array_agg(outcome ORDER BY attempt_no DESC))[1] AS outcome,
               min(reference) AS reference,
               count(*) FILTER (WHERE outcome = 'not_accepted') AS submits_refused,
               count(*) FILTER (WHERE action = 'look_up') AS look_ups,
@@ -119,11 +118,14 @@ _FIND_CONTRADICTED = text(
     """
 )
 
-_LOCK_DUE = text(
-    """
-    SELECT d.payout_id, d.lease_token FROM unnest(CAST(:ids AS uuid[])) AS w (id)
-      JOIN payout_due d ON d.payout_id = w.id ORDER BY d.payout_id FOR UPDATE OF d
-    """
+_LOCK_DUE, _LOCK_FREE_DUE = (
+    text(
+        f"""
+        SELECT d.payout_id, d.lease_token FROM unnest(CAST(:ids AS uuid[])) AS w (id)
+          JOIN payout_due d ON d.payout_id = w.id ORDER BY d.payout_id FOR UPDATE OF d {skip}
+        """
+    )
+    for skip in ("", "SKIP LOCKED")
 )
 
 _DELETE_DUE = text("DELETE FROM payout_due WHERE payout_id = ANY (CAST(:ids AS uuid[]))")
@@ -234,10 +236,7 @@ FIRST_TO_EXPIRE: Final = Expiring(datetime.min.replace(tzinfo=UTC), UUID(int=0))
 
 
 async def find_expired(tx: Tx, *, behind: Expiring, payouts_max: int) -> list[Expiring]:
-    """A page of unfinished payouts whose time is over, the first to expire first; many may have been sent in time.
-
-    Locks: their due rows; those that others hold are left out.
-    """
+    """A page of queued payouts whose time is over, the first to expire first."""
     rows = await tx.execute(
         _FIND_EXPIRED,
         {"expires_at": behind.expires_at, "payout_id": behind.payout_id, "payouts_max": payouts_max},
@@ -247,10 +246,11 @@ async def find_expired(tx: Tx, *, behind: Expiring, payouts_max: int) -> list[Ex
 
 _FIND_EXPIRED = text(
     """
-    SELECT expires_at, payout_id FROM payout_due
-     WHERE expires_at <= now()
-       AND (expires_at, payout_id) > (CAST(:expires_at AS timestamptz), CAST(:payout_id AS uuid))
-     ORDER BY expires_at, payout_id LIMIT CAST(:payouts_max AS int) FOR UPDATE SKIP LOCKED
+    SELECT d.expires_at, d.payout_id FROM payout_due d
+     WHERE d.expires_at <= now()
+       AND (SELECT p.state FROM payouts p WHERE p.id = d.payout_id AND p.shop_id = d.shop_id) = 'queued'
+       AND (d.expires_at, d.payout_id) > (CAST(:expires_at AS timestamptz), CAST(:payout_id AS uuid))
+     ORDER BY d.expires_at, d.payout_id LIMIT CAST(:payouts_max AS int)
     """
 )
 
@@ -274,7 +274,6 @@ class History:
     """
 
     attempt_no: int
-    outcome: str | None
     reference: str
     submits_refused: int
     look_ups: int
@@ -289,7 +288,6 @@ async def find_histories(tx: Tx, payout_ids: Collection[UUID]) -> dict[UUID, His
     return {
         row.payout_id: History(
             row.attempt_no,
-            row.outcome,
             row.reference,
             row.submits_refused,
             row.look_ups,
@@ -376,12 +374,13 @@ async def find_contradicted(tx: Tx, paid: Sequence[tuple[UUID, int]]) -> set[UUI
     return set(rows)
 
 
-async def lock_due(tx: Tx, payout_ids: Collection[UUID]) -> dict[UUID, UUID | None]:
+async def lock_due(tx: Tx, payout_ids: Collection[UUID], *, skip_locked: bool = False) -> dict[UUID, UUID | None]:
     """Lock due rows until the transaction ends; the lease token of each that still exists.
 
-    Locks: due rows in payout id order; they come before payouts and accounts.
+    Locks: due rows in payout id order; they come before payouts and accounts. With `skip_locked`, rows that somebody else
+    holds are left out.
     """
-    rows = await tx.execute(_LOCK_DUE, {"ids": list(payout_ids)})
+    rows = await tx.execute(_LOCK_FREE_DUE if skip_locked else _LOCK_DUE, {"ids": list(payout_ids)})
     return {row.payout_id: row.lease_token for row in rows}
 
 

@@ -11,6 +11,7 @@ from sqlalchemy import func, insert, select, text
 from common.db.engine import Tx
 from common.db.tables import accounts, audit, entries
 from common.domain.ledger import Account, EntryKind
+from common.errors import AccessDenied, InvalidApiKey, PayoutsError, ShopNotFound
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,14 @@ class LockedAccount:
     shop_status: str
     merchant_status: str
     locked_at: datetime
+
+    def objection(self, shop_code: str) -> PayoutsError | None:
+        """Why its shop may do nothing at the moment, or None."""
+        if self.merchant_status == "closed":
+            return InvalidApiKey()
+        if self.merchant_status != "active":
+            return AccessDenied()
+        return None if self.shop_status == "active" else ShopNotFound(shop_code)
 
 
 _LOCK_ACCOUNTS = text(

@@ -30,6 +30,10 @@ class NewRailEvent:
     due_in_seconds: float = 0.0
 
 
+# A rail and its own id of an event.
+EventKey = tuple[str, str]
+
+
 @dataclass(frozen=True, slots=True)
 class RailEvent:
     """A word that nobody has applied yet, under our lock. `payout_id` None: nothing of ours has that reference."""
@@ -43,6 +47,11 @@ class RailEvent:
     amount_minor: int | None
     currency: str | None
     payout_id: UUID | None
+
+    @property
+    def key(self) -> EventKey:
+        """What it is known by."""
+        return self.rail, self.event_id
 
 
 # The same event twice is one event.
@@ -61,14 +70,22 @@ _APPEND = text(
     """
 )
 
-_LOCK_DUE = text(
+_FIND_DUE = text(
+    """
+    SELECT rail, event_id FROM rail_events WHERE applied_at IS NULL AND due_at <= now()
+     ORDER BY due_at, event_id LIMIT CAST(:events_max AS int)
+    """
+)
+
+_LOCK = text(
     """
     SELECT e.rail, e.event_id, e.reference, e.outcome, e.failure_code, e.provider_reference, e.amount_minor, e.currency,
            a.payout_id
-      FROM rail_events e
+      FROM unnest(CAST(:rail AS text[]), CAST(:event_id AS text[])) AS w (rail, event_id)
+      JOIN rail_events e ON e.rail = w.rail AND e.event_id = w.event_id
       LEFT JOIN payout_attempts a ON a.reference = e.reference AND a.attempt_no = 1 AND a.rail = e.rail
-     WHERE e.applied_at IS NULL AND e.due_at <= now()
-     ORDER BY e.due_at, e.event_id LIMIT CAST(:events_max AS int) FOR UPDATE OF e SKIP LOCKED
+     WHERE e.applied_at IS NULL
+     ORDER BY e.due_at, e.event_id FOR UPDATE OF e SKIP LOCKED
     """
 )
 
@@ -86,7 +103,8 @@ _OPEN = text(
     SELECT * FROM unnest(CAST(:id AS uuid[]), CAST(:rail AS text[]), CAST(:reference AS text[]),
                          CAST(:payout_id AS uuid[]), CAST(:shop_id AS uuid[]), CAST(:state AS text[]),
                          CAST(:word AS text[]), CAST(:kind AS text[]), CAST(:detail AS text[]))
-        ON CONFLICT (rail, reference, kind, word) WHERE closed_at IS NULL DO NOTHING
+        ON CONFLICT (rail, reference, kind, word, detail) WHERE closed_at IS NULL DO NOTHING
+    RETURNING id
     """
 )
 
@@ -97,46 +115,42 @@ async def append_rail_events(tx: Tx, events: Sequence[NewRailEvent]) -> None:
         await tx.execute(_APPEND, arrays_of(events, NewRailEvent))
 
 
-async def lock_rail_events(tx: Tx, *, events_max: int) -> list[RailEvent]:
-    """Words to listen to, the oldest first.
+async def find_rail_events_due(tx: Tx, *, events_max: int) -> list[EventKey]:
+    """Words to listen to, the oldest first."""
+    return [(row.rail, row.event_id) for row in await tx.execute(_FIND_DUE, {"events_max": events_max})]
+
+
+async def lock_rail_events(tx: Tx, keys: Collection[EventKey]) -> list[RailEvent]:
+    """Those of these words that nobody has applied, the oldest first.
 
     Locks: their rows; those that others hold are left out. They come before due rows, payouts and accounts.
     """
-    rows = await tx.execute(_LOCK_DUE, {"events_max": events_max})
+    rows = await tx.execute(_LOCK, _columns(keys))
     return [RailEvent(**row._mapping) for row in rows]
 
 
 async def finish_rail_events(tx: Tx, effects: Collection[tuple[RailEvent, str]]) -> None:
     """Write down that words were listened to, and what came of each: `moved`, `known` or `discrepancy`."""
     if effects:
-        await tx.execute(
-            _APPLY,
-            {
-                "rail": [event.rail for event, _ in effects],
-                "event_id": [event.event_id for event, _ in effects],
-                "effect": [effect for _, effect in effects],
-            },
-        )
+        keys = [event.key for event, _ in effects]
+        await tx.execute(_APPLY, {**_columns(keys), "effect": [effect for _, effect in effects]})
 
 
-async def postpone_rail_events(tx: Tx, events: Collection[RailEvent], *, delay_seconds: float) -> None:
+async def postpone_rail_events(tx: Tx, keys: Collection[EventKey], *, delay_seconds: float) -> None:
     """Listen to these later, so that others get their turn."""
-    if events:
-        await tx.execute(
-            _POSTPONE,
-            {
-                "rail": [event.rail for event in events],
-                "event_id": [event.event_id for event in events],
-                "delay_seconds": delay_seconds,
-            },
-        )
+    if keys:
+        await tx.execute(_POSTPONE, {**_columns(keys), "delay_seconds": delay_seconds})
+
+
+def _columns(keys: Collection[EventKey]) -> dict[str, list[str]]:
+    return {"rail": [rail for rail, _ in keys], "event_id": [event_id for _, event_id in keys]}
 
 
 _POSTPONE = text(
     """
     UPDATE rail_events e SET due_at = now() + make_interval(secs => CAST(:delay_seconds AS float8))
       FROM unnest(CAST(:rail AS text[]), CAST(:event_id AS text[])) AS f (rail, event_id)
-     WHERE e.rail = f.rail AND e.event_id = f.event_id
+     WHERE e.rail = f.rail AND e.event_id = f.event_id AND e.applied_at IS NULL
     """
 )
 
@@ -153,13 +167,15 @@ class NewDiscrepancy:
     state: str | None
     word: str
     kind: str
-    detail: str | None = None
+    detail: str = ""
 
 
-async def open_discrepancies(tx: Tx, found: Sequence[NewDiscrepancy]) -> None:
-    """Have people look. Repeat: the same contradiction that is open already stays one."""
-    if found:
-        await tx.execute(_OPEN, arrays_of(found, NewDiscrepancy))
+async def open_discrepancies(tx: Tx, found: Sequence[NewDiscrepancy]) -> list[NewDiscrepancy]:
+    """Have people look. Repeat: the same contradiction that is open already stays one. Returns: those that are new."""
+    if not found:
+        return []
+    opened = set(await tx.scalars(_OPEN, arrays_of(found, NewDiscrepancy)))
+    return [discrepancy for discrepancy in found if discrepancy.id in opened]
 
 
 async def list_discrepancies(tx: Tx, *, everything: bool, rows_max: int) -> Sequence[Row[Any]]:

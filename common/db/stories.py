@@ -1,6 +1,6 @@
 """A payout's whole story, for operators: everything that is stored about it but who is paid."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -13,11 +13,13 @@ from common.db.tables import (
     callback_attempts,
     callback_due,
     callbacks,
+    discrepancies,
     events,
     merchants,
     payout_attempts,
     payout_due,
     payouts,
+    rail_events,
     shops,
 )
 from common.domain.ids import EVENT, PAYOUT, render_id
@@ -79,6 +81,8 @@ class Story:
     events: Sequence[StoredRow]
     callbacks: Sequence[StoredRow]
     deliveries: Sequence[StoredRow]
+    words: Sequence[StoredRow]
+    discrepancies: Sequence[StoredRow]
     actions: Sequence[StoredRow]
 
 
@@ -113,16 +117,25 @@ async def find_payouts(
 async def find_story(tx: Tx, payout: StoredRow) -> Story:
     """Everything about a payout that `find_payouts` found."""
     told = await _find_events(tx, payout)
+    tried = await _find_attempts(tx, payout)
+    doubts = await _find_discrepancies(tx, payout)
     return Story(
         payout=payout,
         due=await _find_due(tx, payout),
         entries=(await tx.execute(_ENTRIES, {"payout_id": payout.id, "shop_id": payout.shop_id})).all(),
-        attempts=await _find_attempts(tx, payout),
+        attempts=tried,
         events=told,
         callbacks=await _find_callbacks(tx, payout),
         deliveries=await _find_deliveries(tx, payout, [event.id for event in told]),
+        words=await _find_words(tx, {attempt.reference for attempt in tried}),
+        discrepancies=doubts,
         actions=await _find_actions(
-            tx, [render_id(PAYOUT, payout.id), *(render_id(EVENT, event.id) for event in told)]
+            tx,
+            [
+                render_id(PAYOUT, payout.id),
+                *(render_id(EVENT, event.id) for event in told),
+                *(str(discrepancy.id) for discrepancy in doubts),
+            ],
         ),
     )
 
@@ -150,6 +163,16 @@ async def _find_attempts(tx: Tx, payout: StoredRow) -> Sequence[StoredRow]:
         .where(payout_attempts.c.payout_id == payout.id, payout_attempts.c.shop_id == payout.shop_id)
         .order_by(payout_attempts.c.attempt_no)
     )
+    return (await tx.execute(query)).all()
+
+
+async def _find_words(tx: Tx, references: Collection[str]) -> Sequence[StoredRow]:
+    query = select(rail_events).where(rail_events.c.reference.in_(references)).order_by(rail_events.c.received_at)
+    return (await tx.execute(query)).all()
+
+
+async def _find_discrepancies(tx: Tx, payout: StoredRow) -> Sequence[StoredRow]:
+    query = select(discrepancies).where(discrepancies.c.payout_id == payout.id).order_by(discrepancies.c.opened_at)
     return (await tx.execute(query)).all()
 
 

@@ -201,7 +201,7 @@ discrepancies = Table(
     _optional("state", Text()),
     _required("word", Text()),
     _required("kind", Text()),
-    _optional("detail", Text()),
+    _required("detail", Text()),
     _required("opened_at", _TIME),
     _optional("closed_at", _TIME),
     _optional("audit_id", BigInteger()),

@@ -1,6 +1,7 @@
 """A queued payout can be canceled, or expires; every move of a payout leaves a line of history.
 
-Old code runs on it: it writes no `expires_at`, and its moves leave their lines like those of new code.
+Old code runs on it: it writes no `expires_at`, its moves leave their lines like those of new code, and what has expired it
+cannot send, since the schema does not let it.
 """
 
 from alembic import op
@@ -11,6 +12,8 @@ branch_labels = None
 depends_on = None
 
 TABLES = [
+    # In the order of every transaction of ours, so that this waits for them and they for it, and nobody for ever.
+    "LOCK TABLE payout_due, payouts, entries, callbacks, callback_due IN ACCESS EXCLUSIVE MODE",
     "ALTER TABLE payouts ADD COLUMN expires_at timestamptz",
     # A copy, so that what has expired is found without a look at payouts.
     "ALTER TABLE payout_due ADD COLUMN expires_at timestamptz",
@@ -23,11 +26,6 @@ TABLES = [
       state text NOT NULL,
       at timestamptz NOT NULL DEFAULT now(),
       PRIMARY KEY (payout_id, shop_id, version))
-    """,
-    # Of what has moved before, only the last line is known.
-    """
-    INSERT INTO payout_moves (payout_id, shop_id, version, state, at)
-      SELECT id, shop_id, version, state, updated_at FROM payouts WHERE version > 1
     """,
 ]
 
@@ -83,7 +81,7 @@ GUARDS = [
       FOR EACH ROW WHEN (OLD.expires_at IS DISTINCT FROM NEW.expires_at) EXECUTE FUNCTION refuse_change()
     """,
     "REVOKE ALL ON FUNCTION payout_due_expiry_matches() FROM PUBLIC",
-    # The gateway cancels, and moves a payout in no other way; nobody lets one expire before its time.
+    # The gateway cancels, and moves a payout in no other way; nobody lets one expire before its time, or sends one after it.
     """
     CREATE FUNCTION payouts_who_moves() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
@@ -91,6 +89,7 @@ GUARDS = [
            AND OLD.provider_reference IS NOT DISTINCT FROM NEW.provider_reference)
          OR current_user = 'payouts_worker' AND OLD.state <> 'canceled' AND NEW.state = 'canceled'
          OR NEW.state = 'expired' AND OLD.state <> 'expired' AND coalesce(NEW.expires_at > now(), true)
+         OR NEW.state = 'sending' AND OLD.state = 'queued' AND NEW.expires_at <= now()
       THEN
         RAISE EXCEPTION USING ERRCODE = '23514', CONSTRAINT = 'payouts_who_moves', TABLE = 'payouts',
           MESSAGE = current_user || ' may not move a payout to ' || NEW.state || ' now';
@@ -103,6 +102,52 @@ GUARDS = [
       FOR EACH ROW EXECUTE FUNCTION payouts_who_moves()
     """,
     "REVOKE ALL ON FUNCTION payouts_who_moves() FROM PUBLIC",
+    # What is told, and to whom, is the payout's and its shop's word; no role can have anything else told, or to anybody else.
+    # A shop may have got another URL since the transaction read it: as a serialization failure, it is repeated.
+    """
+    CREATE FUNCTION callbacks_match_event() RETURNS trigger
+      LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+    BEGIN
+      IF EXISTS (
+        SELECT 1 FROM fresh c
+          LEFT JOIN events e ON e.id = c.event_id AND e.shop_id = c.shop_id AND e.payout_id = c.payout_id
+         WHERE e.id IS NULL OR c.state <> 'pending') THEN
+        RAISE EXCEPTION USING ERRCODE = '23514', CONSTRAINT = 'callbacks_match_event', TABLE = 'callbacks',
+          MESSAGE = 'a callback tells an event of its payout';
+      END IF;
+      IF EXISTS (
+        SELECT 1 FROM fresh c JOIN payouts p ON p.id = c.payout_id AND p.shop_id = c.shop_id
+          JOIN shops s ON s.id = c.shop_id
+         WHERE c.url IS DISTINCT FROM coalesce(p.callback_url, s.webhook_url)) THEN
+        RAISE EXCEPTION USING ERRCODE = '40001', CONSTRAINT = 'callbacks_match_url', TABLE = 'callbacks',
+          MESSAGE = 'a callback goes to the URL of its payout, else of its shop';
+      END IF;
+      RETURN NULL;
+    END $$
+    """,
+    """
+    CREATE TRIGGER callbacks_match_event AFTER INSERT ON callbacks REFERENCING NEW TABLE AS fresh
+      FOR EACH STATEMENT EXECUTE FUNCTION callbacks_match_event()
+    """,
+    """
+    CREATE FUNCTION callback_due_has_callback() RETURNS trigger
+      LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+    BEGIN
+      IF EXISTS (
+        SELECT 1 FROM fresh d LEFT JOIN callbacks c ON c.event_id = d.event_id AND c.shop_id = d.shop_id
+         WHERE coalesce(c.state <> 'pending', true)) THEN
+        RAISE EXCEPTION USING ERRCODE = '23514', CONSTRAINT = 'callback_due_has_callback', TABLE = 'callback_due',
+          MESSAGE = 'what is due belongs to a callback that is pending';
+      END IF;
+      RETURN NULL;
+    END $$
+    """,
+    """
+    CREATE TRIGGER callback_due_has_callback AFTER INSERT ON callback_due REFERENCING NEW TABLE AS fresh
+      FOR EACH STATEMENT EXECUTE FUNCTION callback_due_has_callback()
+    """,
+    "REVOKE ALL ON FUNCTION callbacks_match_event() FROM PUBLIC",
+    "REVOKE ALL ON FUNCTION callback_due_has_callback() FROM PUBLIC",
     "DROP POLICY entries_of_gateway ON entries",
     "CREATE POLICY entries_of_gateway ON entries FOR INSERT TO payouts_gateway WITH CHECK (kind IN ('hold', 'release'))",
 ]

@@ -1,6 +1,7 @@
 """What rails say by themselves: an inbox, refunds of what a bank returned, and discrepancies for people.
 
-Old code runs on it: it neither reads nor writes the new tables, and makes no refunds.
+Old gateways run on it. Old workers of the role `settle` must have left before new ones come: they take a word of a rail for
+the attempt that is under way. Checks that are wider than those they replace are not validated: what is there fits them.
 """
 
 from alembic import op
@@ -12,6 +13,8 @@ depends_on = None
 
 AMOUNT_MINOR_MAX = 10**15
 TABLES = [
+    # In the order of every transaction of ours, so that this waits for them and they for it, and nobody for ever.
+    "LOCK TABLE payout_due, payouts, entries, payout_attempts IN ACCESS EXCLUSIVE MODE",
     # The inbox: an event is stored before it is acknowledged, and applied once, by whoever gets to it first.
     f"""
     CREATE TABLE rail_events (
@@ -31,6 +34,7 @@ TABLES = [
       CONSTRAINT rail_events_effect_iff_applied CHECK ((applied_at IS NULL) = (effect IS NULL)))
       WITH (fillfactor = 80)
     """,
+    "CREATE INDEX rail_events_by_reference ON rail_events (reference)",
     "CREATE INDEX rail_events_due ON rail_events (due_at) WHERE applied_at IS NULL",
     # A word that contradicts what we know. It moves no money; people look into it and say how it ended.
     """
@@ -43,18 +47,20 @@ TABLES = [
       state text,
       word text NOT NULL CHECK (length(word) BETWEEN 1 AND 64),
       kind text NOT NULL CHECK (kind IN ('status', 'amount', 'reference')),
-      detail text CHECK (length(detail) <= 500),
+      detail text NOT NULL DEFAULT '' CHECK (length(detail) <= 500),
       opened_at timestamptz NOT NULL DEFAULT now(),
       closed_at timestamptz,
-      audit_id bigint REFERENCES audit,
+      audit_id bigint UNIQUE REFERENCES audit,
       CONSTRAINT discrepancies_closed_by_somebody CHECK ((closed_at IS NULL) = (audit_id IS NULL)),
       CONSTRAINT discrepancies_payout_and_shop CHECK ((payout_id IS NULL) = (shop_id IS NULL)))
     """,
     # The same contradiction is opened once, however often it is repeated.
-    "CREATE UNIQUE INDEX discrepancies_once ON discrepancies (rail, reference, kind, word) WHERE closed_at IS NULL",
+    "CREATE UNIQUE INDEX discrepancies_once ON discrepancies (rail, reference, kind, word, detail)"
+    " WHERE closed_at IS NULL",
     "CREATE INDEX discrepancies_by_payout ON discrepancies (payout_id) WHERE payout_id IS NOT NULL",
     "ALTER TABLE payouts ADD COLUMN return_seq bigint",
-    "ALTER TABLE payouts ADD CONSTRAINT payouts_returned_iff_refunded CHECK ((return_seq IS NOT NULL) = (state = 'refunded'))",
+    "ALTER TABLE payouts ADD CONSTRAINT payouts_returned_iff_refunded CHECK ((return_seq IS NOT NULL) = (state = 'refunded'))"
+    " NOT VALID",
     "ALTER TABLE entries DROP CONSTRAINT entries_arithmetic",
     """
     ALTER TABLE entries ADD CONSTRAINT entries_arithmetic CHECK (CASE kind
@@ -66,26 +72,27 @@ TABLES = [
         AND posted_delta_minor = amount_minor AND held_delta_minor = 0
       WHEN 'adjustment' THEN contra = 'adjustments'
         AND abs(posted_delta_minor) = amount_minor AND held_delta_minor = 0
-      ELSE false END)
+      ELSE false END) NOT VALID
     """,
     "CREATE UNIQUE INDEX entries_one_return_per_payout ON entries (payout_id, shop_id) WHERE kind = 'payout_return'",
     # An event is a word like the answer to a call, and stands in the same list.
     "ALTER TABLE payout_attempts DROP CONSTRAINT payout_attempts_action_check",
     """
     ALTER TABLE payout_attempts ADD CONSTRAINT payout_attempts_action_check
-      CHECK (action IN ('submit', 'look_up', 'event'))
+      CHECK (action IN ('submit', 'look_up', 'event')) NOT VALID
     """,
     "ALTER TABLE payout_attempts DROP CONSTRAINT payout_attempts_outcome_check",
     """
     ALTER TABLE payout_attempts ADD CONSTRAINT payout_attempts_outcome_check
       CHECK (outcome IN ('paid', 'declined', 'submitted', 'not_accepted', 'not_found', 'returned', 'unknown'))
+      NOT VALID
     """,
     "ALTER TABLE payout_attempts DROP CONSTRAINT payout_attempts_outcome_of_action",
     """
     ALTER TABLE payout_attempts ADD CONSTRAINT payout_attempts_outcome_of_action CHECK (CASE action
       WHEN 'submit' THEN outcome NOT IN ('not_found', 'returned')
       WHEN 'look_up' THEN outcome NOT IN ('not_accepted', 'returned')
-      ELSE outcome IN ('paid', 'declined', 'submitted', 'returned') AND finished_at IS NOT NULL END)
+      ELSE outcome IN ('paid', 'declined', 'submitted', 'returned') AND finished_at IS NOT NULL END) NOT VALID
     """,
 ]
 
@@ -272,6 +279,24 @@ GUARDS = [
         (NEW.id, NEW.rail, NEW.reference, NEW.payout_id, NEW.shop_id, NEW.state, NEW.word, NEW.kind, NEW.detail, NEW.opened_at))
       EXECUTE FUNCTION refuse_change()
     """,
+    # People close them, each by an audit row that says so.
+    """
+    CREATE FUNCTION discrepancies_closed_by_audit() RETURNS trigger
+      LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+    BEGIN
+      IF NOT EXISTS (SELECT 1 FROM audit a
+                      WHERE a.id = NEW.audit_id AND a.action = 'discrepancy.close' AND a.subject = NEW.id::text) THEN
+        RAISE EXCEPTION USING ERRCODE = '23514', CONSTRAINT = 'discrepancies_closed_by_audit', TABLE = 'discrepancies',
+          MESSAGE = 'a discrepancy is closed by an audit row about it';
+      END IF;
+      RETURN NEW;
+    END $$
+    """,
+    """
+    CREATE TRIGGER discrepancies_closed_by_audit BEFORE UPDATE ON discrepancies
+      FOR EACH ROW WHEN (NEW.audit_id IS NOT NULL) EXECUTE FUNCTION discrepancies_closed_by_audit()
+    """,
+    "REVOKE ALL ON FUNCTION discrepancies_closed_by_audit() FROM PUBLIC",
     "DROP POLICY entries_of_worker ON entries",
     """
     CREATE POLICY entries_of_worker ON entries FOR INSERT TO payouts_worker
@@ -282,7 +307,8 @@ GUARDS = [
 GRANTS = [
     "GRANT UPDATE (return_seq) ON payouts TO payouts_worker, payouts_gateway",
     "GRANT SELECT, INSERT, UPDATE (due_at, applied_at, effect) ON rail_events TO payouts_worker",
-    "GRANT SELECT, INSERT ON discrepancies TO payouts_worker",
+    "GRANT SELECT, INSERT (id, rail, reference, payout_id, shop_id, state, word, kind, detail) ON discrepancies"
+    " TO payouts_worker",
     "GRANT SELECT, UPDATE (closed_at, audit_id) ON discrepancies TO payouts_ops",
     "GRANT SELECT ON rail_events TO payouts_ops, payouts_readonly",
     "GRANT SELECT ON discrepancies TO payouts_readonly",

@@ -96,6 +96,8 @@ def tell(story: Story) -> list[dict[str, Any]]:
     moments = [
         *_tell_states(story.payout, story.attempts),
         *(_tell_entry(entry, story.payout.currency_exponent) for entry in story.entries),
+        *(_tell_word(word, story.payout.currency_exponent) for word in story.words),
+        *(_tell_discrepancy(discrepancy) for discrepancy in story.discrepancies),
         *(_tell_event(event) for event in story.events),
         *(moment for callback in story.callbacks for moment in _tell_callback(callback)),
         *(_tell_delivery(delivery) for delivery in story.deliveries),
@@ -138,6 +140,34 @@ def _tell_entry(entry: StoredRow, exponent: int) -> dict[str, Any]:
         contra=entry.contra,
         posted_after=render_amount(entry.posted_after_minor, exponent),
         held_after=render_amount(entry.held_after_minor, exponent),
+    )
+
+
+def _tell_word(word: StoredRow, exponent: int) -> dict[str, Any]:
+    """What the rail said by itself."""
+    return _moment(
+        word.received_at,
+        "word",
+        rail=word.rail,
+        id=word.event_id,
+        outcome=word.outcome,
+        failure=word.failure_code,
+        amount=None if word.amount_minor is None else render_amount(word.amount_minor, exponent),
+        currency=word.currency,
+        effect=word.effect,
+    )
+
+
+def _tell_discrepancy(discrepancy: StoredRow) -> dict[str, Any]:
+    return _moment(
+        discrepancy.opened_at,
+        "discrepancy",
+        id=discrepancy.id,
+        kind=discrepancy.kind,
+        word=discrepancy.word,
+        against=discrepancy.state,
+        detail=discrepancy.detail,
+        closed_at=discrepancy.closed_at,
     )
 
 

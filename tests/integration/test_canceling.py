@@ -3,19 +3,28 @@
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import Any
 from uuid import UUID
 
 import pytest
+from sqlalchemy.exc import DBAPIError
 
-from common.canceling import cancel, expire
+from common.canceling import cancel, expire_page
 from common.db.due import FIRST_TO_EXPIRE, Expiring
 from common.db.engine import in_transaction
-from common.errors import AccountBusy, InvalidRequest, NotCancelable, PayoutNotFound, PayoutsError
+from common.errors import (
+    AccessDenied,
+    AccountBusy,
+    InvalidApiKey,
+    InvalidRequest,
+    NotCancelable,
+    PayoutNotFound,
+    PayoutsError,
+    ShopNotFound,
+)
 from gateway.schemas import parse_create_payout
-from tests.factories import Merchant, create_body, order
-from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, desk
+from tests.factories import Merchant, create_body, execute, order
+from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, desk, let_pass, obstruct
 from tests.stack import client, eventually, stack
 from worker.sweep import Sweeper
 
@@ -165,6 +174,25 @@ async def test_a_shop_whose_account_somebody_holds_is_told_to_come_back(working:
     assert await working.state(payout_id) == "queued"
 
 
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ("UPDATE merchants SET status = 'suspended'", AccessDenied),
+        ("UPDATE merchants SET status = 'closed'", InvalidApiKey),
+        ("UPDATE shops SET status = 'inactive'", ShopNotFound),
+    ],
+)
+async def test_who_may_not_create_may_not_cancel_either(working: Desk, change: str, error: type[PayoutsError]) -> None:
+    merchant = await working.merchant()
+    payout_id = await working.create(merchant)
+    await execute(working.owner, change)
+
+    with pytest.raises(error):
+        await cancel_one(working, merchant, payout_id)
+
+    assert await working.state(payout_id) == "queued"
+
+
 async def test_nobody_cancels_what_is_not_theirs(working: Desk) -> None:
     merchant, other = await working.merchant(), await working.merchant()
     payout_id = await working.create(merchant)
@@ -213,6 +241,8 @@ async def test_a_payout_whose_time_is_over_is_not_sent_even_if_no_sweep_came(wor
     await working.settle()
 
     assert (await working.state(payout_id), await working.attempts(payout_id)) == ("queued", [])
+    with pytest.raises(DBAPIError, match="payouts_worker may not move a payout to sending now"):
+        await execute(working.worker, "UPDATE payouts SET state = 'sending', version = 2 WHERE id = :id", id=payout_id)
     await sweep(working)
     assert await working.state(payout_id) == "expired"
 
@@ -254,11 +284,27 @@ async def test_what_was_sent_in_time_stands_in_nobodys_way(working: Desk) -> Non
 
     behind: Expiring | None = FIRST_TO_EXPIRE
     while behind is not None:
-        page = partial(expire, behind=behind, payouts_max=7)
-        behind, _ = await in_transaction(working.worker, page, attempts_max=1)
+        behind, _ = await expire_page(working.worker, behind=behind, payouts_max=7)
 
     assert await working.state(queued) == "expired"
     assert {await working.state(payout_id) for payout_id in sent} == {"submitted"}
+
+
+async def test_a_payout_that_the_database_does_not_let_expire_holds_up_no_other(
+    working: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merchant = await working.merchant()
+    ids = await working.create_many(merchant, 5, expires_at=datetime.now(UTC) + HOUR)
+    await let_expire(working, *ids)
+    await obstruct(working.owner, ids[0])
+
+    await sweep(working)
+
+    assert [await working.state(payout_id) for payout_id in ids] == ["queued"] + ["expired"] * 4
+    assert "payout.expiry_refused" in capsys.readouterr().out
+    await let_pass(working.owner)
+    await sweep(working)
+    assert await working.state(ids[0]) == "expired"
 
 
 async def test_two_sweeps_at_once_expire_each_payout_once(working: Desk) -> None:
@@ -266,9 +312,7 @@ async def test_two_sweeps_at_once_expire_each_payout_once(working: Desk) -> None
     ids = await working.create_many(merchant, 40, expires_at=datetime.now(UTC) + HOUR)
     await let_expire(working, *ids)
 
-    await asyncio.gather(
-        *(in_transaction(working.worker, lambda tx: expire(tx, payouts_max=10), attempts_max=1) for _ in range(8))
-    )
+    await asyncio.gather(*(expire_page(working.worker, behind=FIRST_TO_EXPIRE, payouts_max=10) for _ in range(8)))
     await sweep(working)
 
     assert {await working.state(payout_id) for payout_id in ids} == {"expired"}
@@ -327,6 +371,29 @@ async def test_a_merchant_cancels_and_reads_the_history(database_url: str, worki
             assert (status, answer["code"], answer["error"]["reason"]) == (422, "not_cancelable", "not_cancelable")
             status, history = await sender.request("GET", "/api/v1/payouts/PAY-2/events")
             assert [line.get("stage", line["status"]) for line in history["data"]] == ["queued", "sending", "success"]
+
+
+async def test_many_cancels_of_a_busy_shop_leave_connections_to_everybody_else(
+    database_url: str, working: Desk
+) -> None:
+    busy, other = await working.merchant(), await working.merchant()
+    ids = await working.create_many(busy, 20)
+    names = [await external_id(working, payout_id) for payout_id in ids]
+    async with stack(database_url, PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS="3") as running:
+        await running.start("gateway")
+        async with client(running.base_url, busy) as busy_sender, client(running.base_url, other) as sender:
+            async with working.owner.begin() as tx:
+                await tx.exec_driver_sql(f"SELECT 1 FROM accounts WHERE id = {busy.shop.account_id} FOR UPDATE")
+                canceling = [
+                    asyncio.create_task(busy_sender.request("POST", f"/api/v1/payouts/{name}/cancel")) for name in names
+                ]
+                for _ in range(20):
+                    assert (await sender.request("GET", "/api/v1/balance"))[0] == 200
+                assert not any(task.done() for task in canceling)
+            answers = [status for status, _ in await asyncio.gather(*canceling)]
+    assert set(answers) <= {200, 503}
+    assert answers.count(200) == await working.count("payouts", "state = 'canceled'")
+    assert 200 in answers
 
 
 @pytest.mark.parametrize(

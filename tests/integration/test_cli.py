@@ -551,6 +551,23 @@ async def test_the_story_of_a_payout_is_told_in_order_of_time(terminal: Terminal
     assert RECIPIENT not in shown.out + told.out
 
 
+async def test_the_story_tells_what_the_rail_said_and_what_spoke_against_it(
+    terminal: Terminal, shop_floor: Desk
+) -> None:
+    merchant = await shop_floor.merchant()
+    payout_id = await shop_floor.create(merchant, recipient="01700000301")
+    await shop_floor.settle()
+    await execute(shop_floor.owner, "UPDATE rail_events SET due_at = now()")
+    await hear(shop_floor.worker)
+
+    story = (await terminal.run("payout", "show", render_id(PAYOUT, payout_id), "--json")).document["story"]
+
+    (word,) = [moment for moment in story if moment["what"] == "word"]
+    (discrepancy,) = [moment for moment in story if moment["what"] == "discrepancy"]
+    assert (word["outcome"], word["amount"], word["effect"]) == ("paid", "10.00", "discrepancy")
+    assert (discrepancy["kind"], discrepancy["word"], discrepancy["against"]) == ("status", "paid", "failed")
+
+
 async def test_the_story_of_an_unfinished_payout_says_what_is_next(terminal: Terminal, shop_floor: Desk) -> None:
     merchant = await shop_floor.merchant()
     payout_id = await shop_floor.create(merchant, recipient="0171230200")
@@ -802,7 +819,7 @@ async def test_a_discrepancy_is_listed_and_closed_by_somebody_who_says_why(
 ) -> None:
     event = NewRailEvent("sandbox", "e-1", "nobody", "paid", amount_minor=1000, currency="BDT")
     await in_transaction(shop_floor.worker, lambda tx: append_rail_events(tx, [event]))
-    await in_transaction(shop_floor.worker, hear)
+    await hear(shop_floor.worker)
 
     (listed,) = (await terminal.run("discrepancies", "list", "--json")).document["discrepancies"]
     assert (listed["kind"], listed["word"], listed["reference"], listed["payout"]) == (

@@ -11,11 +11,11 @@ import pytest
 from common.canceling import cancel
 from common.db.engine import in_transaction
 from common.db.rail_events import NewRailEvent, append_rail_events
-from tests.factories import Merchant, fetch
-from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, desk
+from tests.factories import Merchant, execute, fetch
+from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, desk, let_pass, obstruct
 from tests.stack import eventually
 from worker.conclusions import Ended
-from worker.hearing import Heard, hear
+from worker.hearing import EVENTS_MAX, Heard, hear
 from worker.rails import Answer, Outcome
 
 FUNDS_MINOR = 100_000_000
@@ -47,7 +47,7 @@ async def say(working: Desk, payout_id: UUID, outcome: str, **fields: Any) -> No
 async def listen(working: Desk) -> list[Heard]:
     """Until there is nothing to hear."""
     heard = []
-    while (last := await in_transaction(working.worker, hear, attempts_max=1)).count:
+    while (last := await hear(working.worker)).count:
         heard.append(last)
     return heard
 
@@ -240,7 +240,7 @@ async def test_many_ears_hear_each_word_once(working: Desk) -> None:
     async def listen_until_silent() -> None:
         silent = 0
         while silent < 5:
-            silent = 0 if (await in_transaction(working.worker, hear)).count else silent + 1
+            silent = 0 if (await hear(working.worker)).count else silent + 1
 
     async def all_refunded() -> bool:
         await asyncio.gather(*(listen_until_silent() for _ in range(4)))
@@ -268,6 +268,53 @@ async def test_a_shop_whose_account_somebody_holds_delays_no_other(working: Desk
     await eventually(heard, "the word that waited is heard")
 
     assert await working.state(waiting) == "success"
+
+
+async def test_a_word_that_the_database_refuses_holds_up_no_other_and_comes_again(
+    working: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merchant = await working.merchant()
+    ids = await working.create_many(merchant, 5)
+    await working.record(*(Ended(call, Answer(Outcome.SUBMITTED)) for call in await working.claim()))
+    for payout_id in ids:
+        await say(working, payout_id, "paid")
+    await obstruct(working.owner, ids[0])
+
+    await listen(working)
+
+    assert [await working.state(payout_id) for payout_id in ids] == ["submitted"] + ["success"] * 4
+    assert "rail.event_refused" in capsys.readouterr().out
+    await let_pass(working.owner)
+    await execute(working.owner, "UPDATE rail_events SET due_at = now() WHERE applied_at IS NULL")
+    await listen(working)
+    assert await working.state(ids[0]) == "success"
+
+
+async def test_many_repeats_of_one_word_do_not_hold_up_the_next_payout(working: Desk) -> None:
+    merchant = await working.merchant()
+    repeated, other = await working.create_many(merchant, 2)
+    await working.record(*(Ended(call, Answer(Outcome.SUBMITTED)) for call in await working.claim()))
+    for _ in range(3 * EVENTS_MAX):
+        await say(working, repeated, "paid")
+    await say(working, other, "paid")
+
+    rounds = await listen(working)
+
+    assert (await working.state(repeated), await working.state(other)) == ("success", "success")
+    assert len(rounds) == 4
+    assert sum(heard.count for heard in rounds) == 3 * EVENTS_MAX + 1
+
+
+async def test_other_wrong_amounts_are_other_discrepancies(working: Desk) -> None:
+    merchant = await working.merchant()
+    payout_id = await in_state(working, merchant, "verifying")
+
+    for amount_minor in (1, 2, 2, 3):
+        await say(working, payout_id, "paid", amount_minor=amount_minor)
+    await listen(working)
+
+    rows = await fetch(working.owner, "SELECT detail FROM discrepancies ORDER BY detail")
+    assert [row.detail for row in rows] == ["1 BDT", "2 BDT", "3 BDT"]
 
 
 async def test_the_answer_to_a_call_that_comes_after_the_event_says_nothing_new(working: Desk) -> None:

@@ -41,7 +41,7 @@ async def _live_honestly(working: Desk) -> dict[str, str]:
     ids["refunded"] = await working.create(other, recipient="017000000300")
     await working.settle(working.settler(rail_timeout_seconds=0.1))
     while await working.state(ids["refunded"]) != "refunded":
-        await in_transaction(working.worker, hear)
+        await hear(working.worker)
     ids["sending"] = await working.create(merchant)
     await working.claim()
     ids["queued"] = await working.create(merchant)

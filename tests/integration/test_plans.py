@@ -33,7 +33,7 @@ from common.db.due import (
 from common.db.engine import Engine, Tx
 from common.db.ledger import find_balance
 from common.db.payouts import find_by_external_ids, find_moves, find_payout, lock_payouts
-from common.db.rail_events import lock_rail_events
+from common.db.rail_events import find_rail_events_due, lock_rail_events
 from gateway.accept import Accepted, decide_batch
 from tests.conftest import Server
 from tests.factories import Merchant, engine, execute, fetch, order
@@ -210,7 +210,8 @@ HOT: dict[str, tuple[str, Work]] = {
     "lock_due to cancel": (GATEWAY, lambda crowd: lambda tx: lock_due(tx, crowd.ids[:1])),
     "find_moves": (GATEWAY, lambda crowd: lambda tx: find_moves(tx, *crowd.keys[0])),
     "find_expired": (WORKER, lambda _crowd: lambda tx: find_expired(tx, behind=FIRST_TO_EXPIRE, payouts_max=128)),
-    "lock_rail_events": (WORKER, lambda _crowd: lambda tx: lock_rail_events(tx, events_max=64)),
+    "find_rail_events_due": (WORKER, lambda _crowd: lambda tx: find_rail_events_due(tx, events_max=64)),
+    "lock_rail_events": (WORKER, lambda crowd: lambda tx: lock_rail_events(tx, [("sandbox", str(i)) for i in crowd.ids])),
     "lock_callback_due": (WORKER, lambda crowd: lambda tx: lock_callback_due(tx, crowd.ids)),
     "find_ages": (WORKER, lambda _crowd: find_ages),
 }  # fmt: skip

@@ -41,8 +41,9 @@ class World:
 async def _tell_a_story(desk: Desk) -> dict[str, str]:
     """One payout in each state that this release reaches, a second shop, a second merchant."""
     merchant, other = await desk.merchant(), await desk.merchant()
-    recipients = {"success": "017000009999", "failed": "017000000100", "submitted": "017000000001"}
+    recipients = {"success": "017000009999", "submitted": "017000000001"}
     ids = {name: await desk.create(merchant, recipient=number) for name, number in recipients.items()}
+    ids["failed"] = await desk.create(merchant, recipient="017000000100", callback_url="http://localhost")
     ids["verifying"] = await desk.create(merchant, recipient="017000000200")
     await desk.settle(desk.settler(rail_timeout_seconds=0.1))
     ids["sending"] = await desk.create(merchant)
@@ -430,8 +431,19 @@ CASES: list[tuple[str, str, str, tuple[str, ...]]] = [
         "INSERT INTO events (id, shop_id, payout_id, sequence, type, body)"
         " SELECT '{fresh}', shop_id, payout_id, sequence, type, body FROM events",)),
     ("a callback of an event for the second time", WORKER, "callbacks_pkey", (
-        *("INSERT INTO callbacks (event_id, shop_id, payout_id, url)"
-          " VALUES ('{event}', '{shop}', '{success}', 'http://localhost')",) * 2,)),
+        "INSERT INTO callbacks (event_id, shop_id, payout_id, url)"
+        " SELECT id, shop_id, payout_id, 'http://localhost' FROM events WHERE payout_id = '{failed}'",)),
+    ("a callback to whom it does not concern", GATEWAY, "callbacks_match_url", (
+        "INSERT INTO callbacks (event_id, shop_id, payout_id, url)"
+        " VALUES ('{event}', '{shop}', '{success}', 'http://elsewhere')",)),
+    ("a callback of no event", GATEWAY, "callbacks_match_event", (
+        "INSERT INTO callbacks (event_id, shop_id, payout_id, url)"
+        " VALUES ('{fresh}', '{shop}', '{success}', 'http://localhost')",)),
+    ("a callback of another payout's event", WORKER, "callbacks_match_event", (
+        "INSERT INTO callbacks (event_id, shop_id, payout_id, url)"
+        " SELECT id, shop_id, '{failed}', 'http://localhost' FROM events WHERE payout_id = '{success}'",)),
+    ("what is due tells nothing", GATEWAY, "callback_due_has_callback", (
+        "INSERT INTO callback_due (event_id, shop_id) VALUES ('{fresh}', '{shop}')",)),
     ("a callback that ended and is pending", WORKER, "callbacks_finished_iff_not_pending", (
         "INSERT INTO callbacks (event_id, shop_id, payout_id, url, finished_at)"
         " VALUES ('{event}', '{shop}', '{success}', 'http://localhost', now())",)),
@@ -495,6 +507,11 @@ CASES: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("the gateway listens", GATEWAY, NOT_ALLOWED, (_RAIL_EVENT,)),
     ("a discrepancy is closed by nobody", OPS, "discrepancies_closed_by_somebody", (
         "UPDATE discrepancies SET closed_at = now()",)),
+    ("a discrepancy is closed by an audit row about something else", OPS, "discrepancies_closed_by_audit", (
+        "UPDATE discrepancies SET closed_at = now(), audit_id = {foreign_audit}",)),
+    ("a discrepancy that is closed before it is open", WORKER, NOT_ALLOWED, (
+        "INSERT INTO discrepancies (id, rail, reference, word, kind, closed_at, audit_id)"
+        " VALUES ('{fresh}', 'sandbox', 'y', 'paid', 'reference', now(), {foreign_audit})",)),
     ("the worker closes a discrepancy", WORKER, NOT_ALLOWED, ("UPDATE discrepancies SET closed_at = now()",)),
     ("a discrepancy is forgotten", OWNER, "discrepancies_no_delete", ("DELETE FROM discrepancies",)),
     ("the worker cancels a payout", WORKER, "payouts_who_moves", (_end("{queued}", "canceled", "release"),)),

@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from common.canceling import cancel, expire
+from common.canceling import cancel, expire_page
 from common.db.callbacks import claim_callbacks
+from common.db.due import FIRST_TO_EXPIRE
 from common.db.engine import Tx, in_transaction
 from common.db.rail_events import NewRailEvent, append_rail_events
 from common.domain.ids import PAYOUT, render_id
@@ -300,7 +301,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self._run(self._expire())
 
     async def _expire(self) -> None:
-        await in_transaction(self._desk.worker, lambda tx: expire(tx, payouts_max=128))
+        await expire_page(self._desk.worker, behind=FIRST_TO_EXPIRE, payouts_max=128)
 
     # --- the bank speaks by itself ---
 
@@ -310,7 +311,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self._run(self._hear())
 
     async def _hear(self) -> None:
-        while (await in_transaction(self._desk.worker, hear)).count:
+        while (await hear(self._desk.worker)).count:
             pass
 
     @rule(at=_positions, twice=st.booleans(), wrong_sum=st.booleans())
