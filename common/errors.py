@@ -8,7 +8,7 @@
     │   ├── NotFound                  PayoutNotFound · RouteNotFound
     │   ├── InvalidRequest
     │   ├── RuleBroken                ShopNotFound · DefaultShopMissing · ShopCurrencyMismatch · ExternalIdReused ·
-    │   │                             InsufficientBalance · NotCancelable
+    │   │                             InsufficientBalance · NotCancelable · EventIdReused
     │   └── MethodNotAllowed · BodyTooLarge · UnsupportedMediaType · UnreadableRequest · RateLimited
     ├── Transient                     the world is wrong for now: repeating is safe and may help
     │   └── Overloaded · AccountBusy · DatabaseUnavailable · DatabaseSlow · BrokerUnavailable
@@ -144,6 +144,12 @@ class InsufficientBalance(RuleBroken):
 
     def __init__(self, required: str, available: str) -> None:
         super().__init__(f"Insufficient balance. Required {required}, available {available}.")
+
+
+class EventIdReused(RuleBroken):
+    """A rail has sent another event under this id before."""
+
+    reason, message = "event_id_reused", "An event of this id said something else"
 
 
 class NotCancelable(RuleBroken):

@@ -24,7 +24,10 @@ class LogEvent(StrEnum):
     PAYOUT_CONTRADICTED = "payout.contradicted"
     PAYOUT_EXPIRY_REFUSED = "payout.expiry_refused"
     RAIL_CRASHED = "rail.crashed"
+    RAIL_BREAKER_CLOSED = "rail.breaker_closed"
+    RAIL_BREAKER_OPENED = "rail.breaker_opened"
     RAIL_EVENT_REFUSED = "rail.event_refused"
+    RAIL_UNUSABLE = "rail.unusable"
     CALLBACK_ATTEMPTED = "callback.attempted"
     SECRET_UNSEALABLE = "secret.unsealable"  # noqa: S105 an event
     BROKER_CONNECTED = "broker.connected"

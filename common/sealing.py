@@ -16,9 +16,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-# What a value is sealed for; part of what it is bound to. API keys belong to a merchant, the others to a shop.
+# What a value is sealed for; part of what it is bound to. API keys belong to a merchant, a rail's secret to the rail, the
+# others to a shop.
 API_KEY_PURPOSE: Final = "api key"
 WEBHOOK_SECRET_PURPOSE: Final = "webhook secret"  # noqa: S105 a purpose
+RAIL_SECRET_PURPOSE: Final = "rail secret"  # noqa: S105 a purpose
 RECIPIENT_PURPOSE: Final = "recipient"
 
 KEY_BYTES: Final = 32

@@ -267,6 +267,21 @@ class Settings:
     rail_timeout_seconds: float = _setting(
         "PAYOUTS_RAIL_TIMEOUT_SECONDS", _decimal(0.1, 600), "20", "for one call to a rail; then the outcome is unknown"
     )
+    rail_connect_timeout_seconds: float = _setting(
+        "PAYOUTS_RAIL_CONNECT_TIMEOUT_SECONDS",
+        _decimal(0.1, 60),
+        "5",
+        "to open a connection to a rail; then nothing was sent",
+    )
+    rail_breaker_failures: int = _setting(
+        "PAYOUTS_RAIL_BREAKER_FAILURES",
+        _integer(1, 10_000),
+        "20",
+        "calls in a row without an answer, until a rail is left in peace",
+    )
+    rail_breaker_rest_seconds: float = _setting(
+        "PAYOUTS_RAIL_BREAKER_REST_SECONDS", _decimal(0.1, 3600), "10", "of peace, until one call tries again"
+    )
     scan_interval_seconds: float = _setting(
         "PAYOUTS_SCAN_INTERVAL_SECONDS",
         _decimal(0.005, 60),

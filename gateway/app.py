@@ -36,12 +36,13 @@ from common.messaging.topology import Topology, Work
 from common.process import end_tasks
 from common.settings import Settings
 from gateway.accept import Acceptor, Order
-from gateway.auth import Authenticator, Caller, read_credentials
+from gateway.auth import Authenticator, Caller, RailSecrets, read_credentials, read_signature
 from gateway.balance import show_balance
 from gateway.cancel import Canceler
 from gateway.errors import REQUEST_ID, SERVER, render_error
-from gateway.keys import ACCEPTOR, AUTHENTICATOR, CANCELER, ENGINE, KEYRING, READINESS, SETTINGS
+from gateway.keys import ACCEPTOR, AUTHENTICATOR, CANCELER, ENGINE, KEYRING, RAIL_SECRETS, READINESS, SETTINGS
 from gateway.payouts import cancel_payout, create_payout, list_payout_events, show_payout
+from gateway.rails import receive_event
 
 PREFIX: Final = "/api/v1"
 BODY_BYTES_MAX: Final = 64 * 1024
@@ -83,6 +84,7 @@ def create_app(settings: Settings, readiness: Readiness, *, schema_revision: str
     app.cleanup_ctx.append(_resources(readiness, schema_revision))
     app.router.add_get("/livez", livez)
     app.router.add_get("/readyz", readyz(readiness))
+    app.router.add_post(PREFIX + "/rails/{rail}/events", _receive_event)
     for endpoint in ENDPOINTS:
         app.router.add_route(endpoint.method, PREFIX + endpoint.path, _guarded(endpoint))
     return app
@@ -118,6 +120,7 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
             wait_seconds=settings.accept_wait_seconds_max,
             tell=partial(_tell, publisher) if settings.amqp_urls else lambda _: None,
         )
+        app[RAIL_SECRETS] = RailSecrets(engine, app[KEYRING], cache_seconds=settings.key_cache_seconds)
         app[CANCELER] = Canceler(
             engine,
             slots=max(1, read_pool // 2),
@@ -135,6 +138,7 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
         await publisher.drain(_PUBLISH_DRAIN_SECONDS)
         await end_tasks(publishing, 0)
         await app[AUTHENTICATOR].close()
+        await app[RAIL_SECRETS].close()
         await asyncio.gather(close_engine(accept_engine), close_engine(engine))
 
     return resources
@@ -168,6 +172,14 @@ def _guarded(endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.Respon
         return await endpoint.handle(request, caller, body)
 
     return handle
+
+
+async def _receive_event(request: web.Request) -> web.Response:
+    """A rail's event, which its own secret signs."""
+    settings = request.app[SETTINGS]
+    signed = read_signature(request, now=time.time(), window_seconds=settings.signature_window_seconds)
+    body = await _read_body(request, settings.body_timeout_seconds)
+    return await receive_event(request, *signed, body)
 
 
 async def _read_body(request: web.Request, timeout_seconds: float) -> bytes:

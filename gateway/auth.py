@@ -1,4 +1,4 @@
-"""Who is asking: API keys, the two signature formulas, scopes and networks, and the shop a request is about."""
+"""Who is asking: API keys, the two signature formulas, scopes and networks, the shop a request is about; and rails."""
 
 import time
 from collections import OrderedDict
@@ -13,6 +13,7 @@ from async_lru import alru_cache
 
 from common.db.engine import READ_ATTEMPTS_MAX, Engine, in_transaction
 from common.db.merchants import ApiKey, Shop, find_active_shop, find_api_key
+from common.db.rails import find_rail_secret
 from common.domain.signing import V1_PREFIX, parse_timestamp, sign_body, sign_v1, signatures_equal
 from common.errors import (
     AccessDenied,
@@ -28,7 +29,7 @@ from common.errors import (
     TimestampWindowExceeded,
 )
 from common.log import LogEvent, get_logger
-from common.sealing import API_KEY_PURPOSE, Keyring, SealBroken
+from common.sealing import API_KEY_PURPOSE, RAIL_SECRET_PURPOSE, Keyring, SealBroken
 
 # Entries each cache may hold; unknown keys and shops are cached too, so that asking for them costs no more.
 _CACHE_MAX: Final = 10_000
@@ -66,13 +67,20 @@ class LiveKey:
 def read_credentials(request: web.Request, *, now: float, window_seconds: float) -> Credentials:
     """The headers that authenticate, checked in the contract's order.
 
-    Raises: `ApiKeyRequired`, `TimestampRequired`, `SignatureRequired`, `InvalidTimestampFormat`,
-    `TimestampWindowExceeded`.
+    Raises: `ApiKeyRequired`, and as `read_signature`.
     """
-    headers = request.headers
-    public_id, timestamp, signature = (headers.get(f"X-{name}", "") for name in ("API-Key", "Timestamp", "Signature"))
+    public_id = request.headers.get("X-API-Key", "")
     if not public_id:
         raise ApiKeyRequired
+    return Credentials(public_id, *read_signature(request, now=now, window_seconds=window_seconds))
+
+
+def read_signature(request: web.Request, *, now: float, window_seconds: float) -> tuple[str, str]:
+    """When a request was signed and its signature, as sent. `now` is Unix seconds.
+
+    Raises: `TimestampRequired`, `SignatureRequired`, `InvalidTimestampFormat`, `TimestampWindowExceeded`.
+    """
+    timestamp, signature = (request.headers.get(f"X-{name}", "") for name in ("Timestamp", "Signature"))
     if not timestamp:
         raise TimestampRequired
     if not signature:
@@ -82,7 +90,7 @@ def read_credentials(request: web.Request, *, now: float, window_seconds: float)
         raise InvalidTimestampFormat
     if abs(now - signed_at) > window_seconds:
         raise TimestampWindowExceeded
-    return Credentials(public_id, timestamp, signature)
+    return timestamp, signature
 
 
 class Authenticator:
@@ -169,6 +177,45 @@ class Authenticator:
         return await in_transaction(
             self._engine, lambda tx: find_active_shop(tx, merchant_id, code), attempts_max=READ_ATTEMPTS_MAX
         )
+
+
+class RailSecrets:
+    """The secrets of rails, remembered for at most `cache_seconds`; only ever in memory."""
+
+    def __init__(self, engine: Engine, keyring: Keyring, *, cache_seconds: float) -> None:
+        self._engine = engine
+        self._keyring = keyring
+        self._find = alru_cache(maxsize=_CACHE_MAX, ttl=cache_seconds)(self._load)
+
+    async def close(self) -> None:
+        """Stop loading; forget everything."""
+        await self._find.cache_close()
+
+    async def check(self, name: str, request: web.Request, timestamp: str, signature: str, body: bytes) -> None:
+        """Whether the rail of that name has signed the request. An unknown rail costs the same work as a known one.
+
+        Raises: `InvalidSignature`, `DatabaseUnavailable`.
+        """
+        secret = await self._find(name)
+        path, _, query = request.raw_path.partition("?")
+        expected = sign_v1(secret or _DUMMY_SECRET, timestamp, request.method, path, query, body)
+        if not signatures_equal(expected, signature) or secret is None:
+            raise InvalidSignature
+
+    async def _load(self, name: str) -> str | None:
+        if "\x00" in name or not name.isprintable():
+            return None
+        found = await in_transaction(
+            self._engine, lambda tx: find_rail_secret(tx, name), attempts_max=READ_ATTEMPTS_MAX
+        )
+        if found is None:
+            return None
+        rail_id, sealed = found
+        try:
+            return self._keyring.open(sealed, owner=rail_id, row=rail_id, purpose=RAIL_SECRET_PURPOSE).decode()
+        except SealBroken as error:
+            get_logger().error(LogEvent.SECRET_UNSEALABLE, rail=name, error=str(error))
+            return None
 
 
 def _signature_holds(

@@ -7,7 +7,7 @@ from common.db.engine import Engine
 from common.sealing import Keyring
 from common.settings import Settings
 from gateway.accept import Acceptor
-from gateway.auth import Authenticator
+from gateway.auth import Authenticator, RailSecrets
 from gateway.cancel import Canceler
 
 READINESS = web.AppKey("READINESS", Readiness)
@@ -15,5 +15,6 @@ SETTINGS = web.AppKey("SETTINGS", Settings)
 ENGINE = web.AppKey("ENGINE", Engine)
 KEYRING = web.AppKey("KEYRING", Keyring)
 AUTHENTICATOR = web.AppKey("AUTHENTICATOR", Authenticator)
+RAIL_SECRETS = web.AppKey("RAIL_SECRETS", RailSecrets)
 CANCELER = web.AppKey("CANCELER", Canceler)
 ACCEPTOR = web.AppKey("ACCEPTOR", Acceptor)

@@ -24,7 +24,9 @@ from common.db.merchants import (
     find_merchant_id,
     find_shop_by_codes,
     save_api_key_revoked,
+    save_shop_rail,
 )
+from common.db.rails import has_rail
 from common.domain.ids import new_id
 from common.domain.money import CURRENCY_EXPONENTS, parse_amount
 from common.domain.signing import WEBHOOK_SECRET_PREFIX
@@ -97,6 +99,7 @@ async def add_shop(
     sealed = keyring.seal(secret.encode(), owner=shop_id, row=shop_id, purpose=WEBHOOK_SECRET_PURPOSE, now=time.time())
 
     async def work(tx: Tx) -> None:
+        await _check_rail(tx, rail)
         await append_shop(
             tx,
             shop_id=shop_id,
@@ -120,6 +123,17 @@ async def add_shop(
 
     await _audited(engine, work)
     return secret
+
+
+async def change_rail(engine: Engine, *, merchant: str, shop: str, rail: str, actor: str) -> None:
+    """Another rail for what a shop creates from now on. Raises: `OnboardingRefused`."""
+
+    async def work(tx: Tx) -> None:
+        await _check_rail(tx, rail)
+        await save_shop_rail(tx, (await _shop(tx, merchant, shop)).id, rail)
+        await append_audit(tx, actor=actor, action="shop.rail", subject=f"{merchant}/{shop}", detail={"rail": rail})
+
+    await _audited(engine, work)
 
 
 async def add_key(
@@ -201,6 +215,11 @@ async def top_up(engine: Engine, *, merchant: str, shop: str, amount: str, reaso
         )
 
     await _audited(engine, work)
+
+
+async def _check_rail(tx: Tx, name: str) -> None:
+    if not await has_rail(tx, name):
+        raise OnboardingRefused(f"there is no rail {name}")
 
 
 async def _merchant_id(tx: Tx, code: str) -> UUID:

@@ -19,7 +19,8 @@ from common.process import end_tasks, stop_requested
 from common.settings import Settings
 from worker.callbacks.deliver import Deliverer
 from worker.callbacks.send import open_session
-from worker.rails.sandbox import SandboxRail
+from worker.rails.http import open_rail_session
+from worker.rails.registry import Registry
 from worker.scanning import REST_SECONDS
 from worker.settlement import Settler
 from worker.sweep import INTERVAL_SECONDS, Sweeper
@@ -57,11 +58,19 @@ class Worker:
         """Set up the roles asked for."""
         settings = self._settings
         if "settle" in roles:
+            rail_session = await resources.enter_async_context(
+                open_rail_session(
+                    connect_timeout_seconds=settings.rail_connect_timeout_seconds,
+                    timeout_seconds=settings.rail_timeout_seconds,
+                )
+            )
+            registry = Registry(engine, settings.keyring, settings, rail_session)
             settler = Settler(
                 engine,
                 settings.keyring,
-                {"sandbox": SandboxRail(engine, settle_seconds=settings.sandbox_settle_seconds)},
+                registry,
                 settings,
+                refresh_rails=registry.refresh,
                 messages_arrive=lambda: self._arrive(Work.SETTLE),
                 tell=self._tell,
             )

@@ -9,7 +9,6 @@ from common.db.due import (
     Claim,
     Claimed,
     FinishedAttempt,
-    History,
     NewAttempt,
     append_attempts,
     claim_due,
@@ -19,7 +18,7 @@ from common.db.due import (
     reschedule_due,
 )
 from common.db.engine import Tx
-from common.db.payouts import LockedPayout, Move, lock_payouts, save_moves
+from common.db.payouts import Move, lock_payouts, save_moves
 from common.domain.ids import PAYOUT, render_id
 from common.domain.payout import State
 from common.domain.schedule import look_up_delay
@@ -39,6 +38,7 @@ async def claim_calls(
     busy: Counter[UUID],
     lag_seconds: float,
     start_until: float,
+    denial_seconds: float = 0.0,
     payout_ids: Sequence[UUID] | None = None,
 ) -> tuple[Claimed, list[Call]]:
     """Take due payouts, of those named or shop by shop, and write down the calls that will be made for them, beforehand.
@@ -76,7 +76,22 @@ async def claim_calls(
             continue
         if payout.state is State.QUEUED:
             moves.append(Move(payout, State.SENDING))
-        calls.append(_call(payout, histories.get(payout.id), claim, start_until, lag_seconds))
+        history = histories.get(payout.id)
+        calls.append(
+            Call(
+                payout=payout,
+                rail=claim.rail,
+                action=SUBMIT if payout.state is State.QUEUED else LOOK_UP,
+                attempt_no=1 if history is None else history.attempt_no + 1,
+                # One reference for the payout's whole life.
+                reference=render_id(PAYOUT, payout.id) if history is None else history.reference,
+                history=history,
+                token=claim.token,
+                start_until=start_until,
+                lag_seconds=lag_seconds,
+                denial_seconds=denial_seconds,
+            )
+        )
     await save_moves(tx, moves)
     await append_attempts(
         tx,
@@ -89,18 +104,3 @@ async def claim_calls(
     for payout_id in abandoned:
         get_logger().warning(LogEvent.PAYOUT_LEASE_EXPIRED, payout=render_id(PAYOUT, payout_id))
     return claimed, calls
-
-
-def _call(payout: LockedPayout, history: History | None, claim: Claim, start_until: float, lag_seconds: float) -> Call:
-    return Call(
-        payout=payout,
-        rail=claim.rail,
-        action=SUBMIT if payout.state is State.QUEUED else LOOK_UP,
-        attempt_no=1 if history is None else history.attempt_no + 1,
-        # One reference for the payout's whole life.
-        reference=render_id(PAYOUT, payout.id) if history is None else history.reference,
-        history=history,
-        token=claim.token,
-        start_until=start_until,
-        lag_seconds=lag_seconds,
-    )

@@ -27,7 +27,10 @@ LOOK_UP: Final = "look_up"
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call to a rail that a claim has committed to. `start_until` is monotonic: later it must not begin."""
+    """One call to a rail that a claim has committed to. `start_until` is monotonic: later it must not begin.
+
+    `lag_seconds`, `denial_seconds`: as the rail has them.
+    """
 
     payout: LockedPayout
     rail: str
@@ -38,6 +41,7 @@ class Call:
     token: UUID
     start_until: float
     lag_seconds: float = 0.0
+    denial_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,13 @@ def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | 
         return Conclusion(State.FAILED, None, ended.answer.failure_code or "provider_declined")
     if ended.call.action == SUBMIT:
         return _conclude_submit(outcome, 0 if history is None else history.submits_refused, ended.call.lag_seconds)
+    if (
+        outcome is Outcome.NOT_FOUND
+        and history is not None
+        and history.submitted_seconds_ago < ended.call.denial_seconds
+    ):
+        # A request of ours may still be on its way to the rail.
+        outcome = Outcome.UNKNOWN
     return _conclude_look_up(payout, outcome, history)
 
 
@@ -125,14 +136,22 @@ def contradicts(state: State, outcome: Outcome, *, was_declined: bool) -> bool:
     return outcome not in _KNOWN[state] and not (was_declined and outcome is Outcome.SUBMITTED)
 
 
-def sane(answer: Answer, action: str) -> Answer:
-    """An answer that can be stored, whatever a rail made up: an outcome that does not answer the call is `UNKNOWN`, unknown
-    codes are `other`, texts fit their columns.
+def names_another_sum(ended: Ended) -> bool:
+    """Whether an answer is about another amount or currency than was asked for."""
+    payout, answer = ended.call.payout, ended.answer
+    named = (answer.amount_minor or payout.amount_minor, answer.currency or payout.currency)
+    return named != (payout.amount_minor, payout.currency)
+
+
+def sane(answer: Answer, call: Call) -> Answer:
+    """An answer that can be stored, whatever a rail made up: an outcome that does not answer the call, or is about another
+    sum, is `UNKNOWN`, unknown codes are `other`, texts fit their columns.
     """
     code = answer.failure_code
-    beside = {Outcome.RETURNED, Outcome.NOT_FOUND if action == SUBMIT else Outcome.NOT_ACCEPTED}
+    beside = {Outcome.RETURNED, Outcome.NOT_FOUND if call.action == SUBMIT else Outcome.NOT_ACCEPTED}
+    unusable = answer.outcome in beside or names_another_sum(Ended(call, answer))
     return Answer(
-        Outcome.UNKNOWN if answer.outcome in beside else answer.outcome,
+        Outcome.UNKNOWN if unusable else answer.outcome,
         failure_code=code if code is None or code in FAILURES else "other",
         provider_reference=_storable(answer.provider_reference, PROVIDER_REFERENCE_CHARACTERS_MAX),
         detail=_storable(answer.detail, DETAIL_CHARACTERS_MAX),

@@ -3,7 +3,7 @@
 What an answer means is decided by `worker.conclusions`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -13,10 +13,11 @@ from common.db.engine import Tx
 from common.db.ledger import lock_accounts
 from common.db.payouts import LockedPayout, lock_payouts
 from common.db.rail_events import NewDiscrepancy, open_discrepancies
+from common.db.rails import has_rail
 from common.domain.ids import new_id
 from common.domain.payout import State
 from common.moving import Conclusion, carry_out
-from worker.conclusions import Ended, conclude, contradicts, sane
+from worker.conclusions import Ended, conclude, contradicts, names_another_sum, sane
 from worker.rails import Outcome
 
 
@@ -38,7 +39,8 @@ async def record_answers(tx: Tx, ended: Sequence[Ended], *, wait_seconds: float)
     account somebody else holds are left as they are.
     Repeat: an answer that is recorded already finds its payout moved on and its lease gone, and changes nothing.
     """
-    ended = [Ended(item.call, sane(item.answer, item.call.action)) for item in ended]
+    foreign = [item for item in ended if names_another_sum(item)]
+    ended = [Ended(item.call, sane(item.answer, item.call)) for item in ended]
     ids = {item.call.payout.id for item in ended}
     tokens = await lock_due(tx, ids)
     payouts = {payout.id: payout for payout in await lock_payouts(tx, ids)}
@@ -69,28 +71,32 @@ async def record_answers(tx: Tx, ended: Sequence[Ended], *, wait_seconds: float)
         for key, c in conclusions.items()
         if c and c.state and c.state.is_final and payouts[key].account_id not in accounts
     }
-    opened = await _open_contradictions(tx, [(payouts[item.call.payout.id], item) for item in against])
+    opened = await open_discrepancies(
+        tx,
+        [
+            *(_discrepancy(payouts[item.call.payout.id], item, "status") for item in against),
+            *(_discrepancy(payouts[item.call.payout.id], item, "amount") for item in foreign),
+        ],
+    )
     await finish_attempts(tx, [_finished(item) for item in ended if item.call.payout.id not in busy])
     concluded = [(payouts[key], c) for key, c in conclusions.items() if c is not None and key not in busy]
     return Recorded(await carry_out(tx, concluded, accounts, references), busy, opened)
 
 
-async def _open_contradictions(tx: Tx, against: Iterable[tuple[LockedPayout, Ended]]) -> list[NewDiscrepancy]:
-    """Words against where a payout stands are for people; no money moves."""
-    found = [
-        NewDiscrepancy(
-            id=new_id(),
-            rail=item.call.rail,
-            reference=item.call.reference,
-            payout_id=payout.id,
-            shop_id=payout.shop_id,
-            state=payout.state,
-            word=item.answer.outcome,
-            kind="status",
-        )
-        for payout, item in against
-    ]
-    return await open_discrepancies(tx, found)
+def _discrepancy(payout: LockedPayout, item: Ended, kind: str) -> NewDiscrepancy:
+    """A word against where a payout stands, or about another sum: for people; no money moves."""
+    answer = item.answer
+    return NewDiscrepancy(
+        id=new_id(),
+        rail=item.call.rail,
+        reference=item.call.reference,
+        payout_id=payout.id,
+        shop_id=payout.shop_id,
+        state=payout.state,
+        word=answer.outcome,
+        kind=kind,
+        detail=f"{answer.amount_minor or ''} {answer.currency or ''}".strip() if kind == "amount" else "",
+    )
 
 
 def _was_declined(item: Ended) -> bool:
@@ -98,11 +104,14 @@ def _was_declined(item: Ended) -> bool:
 
 
 async def fail_without_route(tx: Tx, *, claim: Claim, after_shop: UUID) -> UUID | None:
-    """End queued payouts whose rail no longer exists; those that were sent keep waiting for a word.
+    """End queued payouts whose rail no longer exists; those that were sent keep waiting for a word. What a worker knows of
+    rails does not count, only the table.
 
     Locks: as `record_answers`; payouts whose account somebody else holds are left for another time.
     Returns: the shop behind which to go on, or None at the end.
     """
+    if await has_rail(tx, claim.rail):
+        return None
     claimed = await claim_due(tx, claim, after_shop, {})
     payouts = await lock_payouts(tx, claimed.shop_ids)
     queued = [

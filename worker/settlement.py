@@ -5,8 +5,8 @@ The transactions are in `worker.claiming` and `worker.recording`. A payout whose
 """
 
 import asyncio
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from time import monotonic
 from typing import Final
@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 from common.batching import Batcher
 from common.db.callbacks import ids_to_tell
-from common.db.due import Claim, Claimed, find_rails_due
+from common.db.due import Claim, Claimed, find_rails_gone
 from common.db.engine import Engine, in_transaction
 from common.domain.ids import PAYOUT, render_id
 from common.errors import AccountBusy, PayoutsError, Transient
@@ -51,8 +51,8 @@ _NO_ROUTE_SECONDS: Final = 5.0
 class Settler:
     """Settles payouts through its rails until told to stop: those it is told of, and those it finds overdue.
 
-    `messages_arrive` says whether somebody tells it; then the scan leaves payouts alone until they are overdue. `tell` hears
-    of events whose callbacks can leave now.
+    `refresh_rails` brings `rails` up to date. `messages_arrive` says whether somebody tells it; then the scan leaves payouts
+    alone until they are overdue. `tell` hears of events whose callbacks can leave now.
     """
 
     def __init__(
@@ -62,24 +62,25 @@ class Settler:
         rails: Rails,
         settings: Settings,
         *,
+        refresh_rails: Callable[[], Awaitable[None]] | None = None,
         messages_arrive: Callable[[], bool] = lambda: False,
         tell: Tell = lambda _: None,
     ) -> None:
+        self._refresh_rails = refresh_rails
         self._messages_arrive = messages_arrive
         self._tell = tell
-        self._call_ended = asyncio.Event()
         # Messages told of payouts that did not fit: the scan takes them without waiting until they are overdue.
         self._left_behind = False
         self._leaving = False
         # One claim at a time of each rail, so that each knows how much room there is.
-        self._claiming = {rail: asyncio.Lock() for rail in rails}
+        self._claiming: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._engine = engine
         self._keyring = keyring
         self._rails = rails
         self._settings = settings
         self._calls: set[asyncio.Task[None]] = set()
-        self._calls_by_shop: dict[str, Counter[UUID]] = {rail: Counter() for rail in rails}
-        self._next_shop = dict.fromkeys(rails, _FIRST_SHOP)
+        self._calls_by_shop: defaultdict[str, Counter[UUID]] = defaultdict(Counter)
+        self._next_shop: defaultdict[str, UUID] = defaultdict(lambda: _FIRST_SHOP)
         self._records: Batcher[Ended, bool] = Batcher(self._record, batch_max=_RECORD_BATCH_MAX)
         # Of shops that are behind; gone when nobody waits on them.
         self._busy_records: WeakValueDictionary[UUID, Batcher[Ended, bool]] = WeakValueDictionary()
@@ -91,9 +92,10 @@ class Settler:
         """Claim what is due and start its calls. Returns whether there was anything."""
         if self._leaving:
             return False
+        await self._refresh()
         behind, self._left_behind = self._left_behind, False
         overdue_seconds = OVERDUE_SECONDS if self._messages_arrive() and not behind else 0.0
-        claimed = [await self._claim(name, rail, overdue_seconds) for name, rail in self._rails.items()]
+        claimed = [await self._claim(name, rail, overdue_seconds) for name, rail in list(self._rails.items())]
         self._left_behind = self._left_behind or (behind and any(claimed))
         heard = await self._hear()
         if monotonic() >= self._no_route_at:
@@ -112,31 +114,33 @@ class Settler:
         return heard.count > 0
 
     async def claim_messages(self, messages: Sequence[WorkMessage]) -> bool:
-        """Claim what messages tell of and start its calls, as room comes; False when it was given up, since we leave.
+        """Claim what messages tell of and start its calls; False when it was given up, since we leave.
 
-        What another has is left, and what does not fit into a shop's share: the scan takes it.
+        What another has is left, and what does not fit into a rail's room or a shop's share: the scan takes it.
         Raises: `Transient`; then nothing, or only a part, was claimed, and it may be called again.
         """
+        await self._refresh()
         ids = [payout_id for message in messages for payout_id in message.ids]
-        for name, rail in self._rails.items():
+        for name, rail in list(self._rails.items()):
             first = 0
-            while first < len(ids):
-                while self._room(name) <= 0 and not self._leaving:
-                    self._call_ended.clear()
-                    await self._call_ended.wait()
-                if self._leaving:
-                    return False
-                size = min(self._room(name), self._settings.settle_batch_max)
-                claimed = await self._take(name, rail, payout_ids=ids[first : first + size])
-                if claimed is not None:
-                    first += size
-                    self._left_behind = self._left_behind or claimed.left_count > 0
-        return True
+            while first < len(ids) and not self._leaving:
+                size = min(self._room(name, rail), self._settings.settle_batch_max)
+                claimed = await self._take(name, rail, payout_ids=ids[first : first + size]) if size > 0 else None
+                if claimed is None:
+                    # No room, maybe for long; messages about other rails come behind this one.
+                    self._left_behind = True
+                    break
+                first += size
+                self._left_behind = self._left_behind or claimed.left_count > 0
+        return not self._leaving
+
+    async def _refresh(self) -> None:
+        if self._refresh_rails is not None:
+            await self._refresh_rails()
 
     def leave(self) -> None:
         """Claim nothing more from now on."""
         self._leaving = True
-        self._call_ended.set()
 
     async def drain(self, deadline_seconds: float) -> None:
         """Let calls that are under way end and be recorded, for at most that long; leases take care of the rest."""
@@ -156,8 +160,10 @@ class Settler:
                 after_shop = claimed.next_shop
         return False
 
-    def _room(self, name: str) -> int:
-        return self._settings.settle_concurrency - self._calls_by_shop[name].total()
+    def _room(self, name: str, rail: Rail) -> int:
+        most = self._settings.settle_concurrency
+        most = most if rail.calls_max is None else min(most, rail.calls_max)
+        return most - self._calls_by_shop[name].total()
 
     async def _take(
         self,
@@ -170,7 +176,7 @@ class Settler:
     ) -> Claimed | None:
         """One claim, of those payouts or of what is overdue, and the start of its calls; None when there is no room."""
         async with self._claiming[name]:
-            settings, room = self._settings, self._room(name)
+            settings, room = self._settings, self._room(name, rail)
             if room <= 0:
                 return None
             claim = Claim(
@@ -188,6 +194,7 @@ class Settler:
                 after_shop=after_shop,
                 busy=self._calls_by_shop[name],
                 lag_seconds=rail.lag_seconds,
+                denial_seconds=rail.denial_seconds,
                 start_until=monotonic() + settings.settle_lease_seconds - settings.rail_timeout_seconds,
                 payout_ids=payout_ids,
             )
@@ -227,7 +234,6 @@ class Settler:
             busy[call.payout.shop_id] -= 1
             if not busy[call.payout.shop_id]:
                 del busy[call.payout.shop_id]
-            self._call_ended.set()
 
     async def _ask(self, rail: Rail, call: Call) -> Answer:
         """Ask the rail within its deadline; whatever goes wrong from then on is `UNKNOWN`."""
@@ -291,8 +297,8 @@ class Settler:
             return await self._record(ended, _BUSY_TURN_SECONDS)
 
     async def _fail_without_route(self) -> None:
-        for name in await in_transaction(self._engine, find_rails_due):
-            after_shop: UUID | None = None if name in self._rails else _FIRST_SHOP
+        for name in await in_transaction(self._engine, find_rails_gone):
+            after_shop: UUID | None = _FIRST_SHOP
             while after_shop is not None:
                 claim = Claim(
                     name, uuid4(), self._settings.settle_lease_seconds, _RECORD_BATCH_MAX, _RECORD_BATCH_MAX, _SHOPS_MAX

@@ -76,7 +76,7 @@ _CLAIM_DUE_IDS = text(
 _LAST_ATTEMPTS = text(
     """
     SELECT wanted.payout_id, a.attempt_no, a.reference, a.submits_refused, a.look_ups, a.was_taken,
-           a.open_no, a.was_declined
+           a.open_no, a.was_declined, a.submitted_seconds_ago
       FROM unnest(CAST(:ids AS uuid[])) AS wanted (payout_id)
      CROSS JOIN LATERAL (
        SELECT max(attempt_no) AS attempt_no,
@@ -85,7 +85,9 @@ _LAST_ATTEMPTS = text(
               count(*) FILTER (WHERE action = 'look_up') AS look_ups,
               coalesce(bool_or(outcome = 'submitted'), false) AS was_taken,
               max(attempt_no) FILTER (WHERE finished_at IS NULL) AS open_no,
-              coalesce(bool_or(outcome = 'declined'), false) AS was_declined
+              coalesce(bool_or(outcome = 'declined'), false) AS was_declined,
+              coalesce(extract(epoch FROM now() - max(started_at) FILTER (WHERE action = 'submit')), 0)::float8
+                AS submitted_seconds_ago
          FROM payout_attempts WHERE payout_id = wanted.payout_id) a
      WHERE a.attempt_no IS NOT NULL
     """
@@ -219,9 +221,9 @@ async def claim_due_ids(tx: Tx, claim: Claim, payout_ids: Collection[UUID], busy
     return Claimed(shop_ids, None, left_count=rows[0].n - len(shop_ids))
 
 
-async def find_rails_due(tx: Tx) -> list[str]:
-    """The rails that have rows, due or not."""
-    return list(await tx.scalars(_RAILS_DUE))
+async def find_rails_gone(tx: Tx) -> list[str]:
+    """Rails that no longer exist and have rows all the same, due or not."""
+    return list(await tx.scalars(_RAILS_GONE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,14 +256,14 @@ _FIND_EXPIRED = text(
     """
 )
 
-_RAILS_DUE = text(
+_RAILS_GONE = text(
     """
-    WITH RECURSIVE rails AS (
+    WITH RECURSIVE named AS (
       (SELECT rail FROM payout_due ORDER BY rail LIMIT 1)
       UNION ALL
-      SELECT next.rail FROM rails CROSS JOIN LATERAL (
-        SELECT d.rail FROM payout_due d WHERE d.rail > rails.rail ORDER BY d.rail LIMIT 1) next)
-    SELECT rail FROM rails
+      SELECT next.rail FROM named CROSS JOIN LATERAL (
+        SELECT d.rail FROM payout_due d WHERE d.rail > named.rail ORDER BY d.rail LIMIT 1) next)
+    SELECT rail FROM named WHERE NOT EXISTS (SELECT 1 FROM rails r WHERE r.name = named.rail)
     """
 )
 
@@ -270,7 +272,8 @@ _RAILS_DUE = text(
 class History:
     """What was tried for a payout so far. `was_taken`, `was_declined`: the rail said once that it had taken, or declined it.
 
-    `open_no`: the attempt that nobody has finished yet; words of the rail may have come since.
+    `open_no`: the attempt that nobody has finished yet; words of the rail may have come since. `submitted_seconds_ago`: when
+    the last submit began, by the database's clock.
     """
 
     attempt_no: int
@@ -280,6 +283,7 @@ class History:
     was_taken: bool = False
     open_no: int | None = None
     was_declined: bool = False
+    submitted_seconds_ago: float = 0.0
 
 
 async def find_histories(tx: Tx, payout_ids: Collection[UUID]) -> dict[UUID, History]:
@@ -294,6 +298,7 @@ async def find_histories(tx: Tx, payout_ids: Collection[UUID]) -> dict[UUID, His
             row.was_taken,
             row.open_no,
             row.was_declined,
+            row.submitted_seconds_ago,
         )
         for row in rows
     }

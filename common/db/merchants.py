@@ -204,6 +204,11 @@ async def save_api_key_revoked(tx: Tx, public_id: str) -> bool:
     return revoked.rowcount == 1
 
 
+async def save_shop_rail(tx: Tx, shop_id: UUID, rail: str) -> None:
+    """Give a shop another rail for what it creates from now on."""
+    await tx.execute(update(shops).where(shops.c.id == shop_id).values(rail=rail))
+
+
 async def save_webhook_secret(tx: Tx, shop_id: UUID, sealed: bytes) -> None:
     """Give a shop another webhook secret, sealed for (shop, shop)."""
     await tx.execute(update(shops).where(shops.c.id == shop_id).values(webhook_secret_sealed=sealed))

@@ -115,6 +115,20 @@ async def append_rail_events(tx: Tx, events: Sequence[NewRailEvent]) -> None:
         await tx.execute(_APPEND, arrays_of(events, NewRailEvent))
 
 
+async def find_rail_event(tx: Tx, rail: str, event_id: str) -> NewRailEvent | None:
+    """An event as it was stored."""
+    row = (await tx.execute(_FIND, {"rail": rail, "event_id": event_id})).one_or_none()
+    return None if row is None else NewRailEvent(**row._mapping)
+
+
+_FIND = text(
+    """
+    SELECT rail, event_id, reference, outcome, failure_code, provider_reference, amount_minor, currency
+      FROM rail_events WHERE rail = :rail AND event_id = :event_id
+    """
+)
+
+
 async def find_rail_events_due(tx: Tx, *, events_max: int) -> list[EventKey]:
     """Words to listen to, the oldest first."""
     return [(row.rail, row.event_id) for row in await tx.execute(_FIND_DUE, {"events_max": events_max})]

@@ -8,6 +8,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     DateTime,
+    Double,
     Integer,
     LargeBinary,
     MetaData,
@@ -171,6 +172,21 @@ payout_due = Table(
     _required("due_at", _TIME),
     _optional("lease_token", Uuid()),
     _optional("expires_at", _TIME),
+)
+
+rails = Table(
+    "rails",
+    metadata,
+    _required("id", Uuid()),
+    _required("name", Text()),
+    _required("kind", Text()),
+    _required("status", Text()),
+    _optional("base_url", Text()),
+    _optional("secret_sealed", LargeBinary()),
+    _required("authoritative", Boolean()),
+    _required("lag_seconds", Double()),
+    _optional("concurrency", Integer()),
+    _required("created_at", _TIME),
 )
 
 rail_events = Table(

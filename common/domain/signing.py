@@ -25,6 +25,12 @@ def sign_v1(secret: str, timestamp: str, method: str, path: str, query: str, bod
     return V1_PREFIX + _hex_hmac(secret.encode(), canonical_v1(timestamp, method, path, query, body))
 
 
+def sign_answer(secret: str, timestamp: str, request_signature: str, status: int, body: bytes) -> str:
+    """`X-Signature` of a rail's answer: bound to the request that it answers, prefix included."""
+    signed = "\n".join(("v1-answer", timestamp, request_signature, str(status), hashlib.sha256(body).hexdigest()))
+    return V1_PREFIX + _hex_hmac(secret.encode(), signed.encode())
+
+
 def sign_body(secret: str, timestamp: str, body: bytes) -> str:
     """`X-Signature` by the body formula: over the timestamp as sent, then the raw body."""
     return _hex_hmac(secret.encode(), timestamp.encode() + body)

@@ -20,7 +20,9 @@ from ops.cli.errors import Refused
 from ops.cli.parked import parked_group
 from ops.cli.parties import key_group, merchant_group, shop_group
 from ops.cli.payouts import payout_group
+from ops.cli.rails import rail_group
 from ops.cli.sign import sign_command
+from ops.cli.simulator import simulator_command
 
 # How Python shows bytes that are not UTF-8 in what comes from the operating system.
 _NOT_UTF_8: Final = re.compile("[\ud800-\udfff]")
@@ -30,6 +32,7 @@ _COMMANDS: Final = (
     merchant_group,
     shop_group,
     key_group,
+    rail_group,
     balance_group,
     payout_group,
     callbacks_group,
@@ -39,6 +42,7 @@ _COMMANDS: Final = (
     verify_command,
     migrate_command,
     sign_command,
+    simulator_command,
 )
 
 

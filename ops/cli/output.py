@@ -84,3 +84,10 @@ def render_cell(value: object) -> str:
 
 def _render_json(value: object) -> str:
     return render_time(value) if isinstance(value, datetime) else str(value)
+
+
+def show_secret(record: Record, *, as_json: bool) -> None:
+    """A record with a secret that is never shown again."""
+    show_record(record, as_json=as_json)
+    if not as_json:
+        click.echo("Keep the secret now: it is not shown again.")

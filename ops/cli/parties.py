@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 from jsonschema import Draft202012Validator
@@ -15,13 +15,9 @@ from common.db.engine import in_transaction
 from common.db.merchants import list_api_keys, list_shops
 from common.domain.addresses import parse_callback_url
 from ops.cli.connect import run_changing, run_connected, run_sealing
-from ops.cli.options import actor_option, json_option, merchant_option, parse_line
-from ops.cli.output import show_record, show_records
-from ops.onboarding import SCOPES, add_key, add_merchant, add_shop, revoke_key
-
-RAILS: Final = ("sandbox",)
-
-_SHOWN_ONCE: Final = "Keep the secret now: it is not shown again."
+from ops.cli.options import actor_option, json_option, merchant_option, parse_line, parse_shop
+from ops.cli.output import show_record, show_records, show_secret
+from ops.onboarding import SCOPES, add_key, add_merchant, add_shop, change_rail, revoke_key
 
 
 @click.group("merchant")
@@ -73,7 +69,7 @@ def parse_schema_file(name: str) -> dict[str, Any]:
 @click.argument("merchant")
 @click.argument("code")
 @click.option("--currency", required=True, help="ISO 4217; it cannot be changed later.")
-@click.option("--rail", required=True, type=click.Choice(RAILS), help="What pays its payouts.")
+@click.option("--rail", required=True, help="What pays its payouts; see `payouts rail list`.")
 @click.option("--default", "is_default", is_flag=True, help="The one that is meant when a request names none.")
 @click.option(
     "--webhook-url", type=parse_webhook_url, metavar="URL", help="Where callbacks go when a payout names no URL."
@@ -113,7 +109,18 @@ def add_shop_command(
         )
     )
     shop = {"merchant": merchant, "code": code, "currency": currency, "rail": rail, "is_default": is_default}
-    _show_secret({**shop, "webhook_url": webhook_url, "webhook_secret": secret}, as_json=as_json)
+    show_secret({**shop, "webhook_url": webhook_url, "webhook_secret": secret}, as_json=as_json)
+
+
+@shop_group.command("rail")
+@click.argument("shop", type=parse_shop, metavar="MERCHANT/SHOP")
+@click.argument("rail")
+@actor_option
+@json_option
+def change_rail_command(shop: tuple[str, str], rail: str, actor: str, as_json: bool) -> None:
+    """Have RAIL pay what MERCHANT/SHOP creates from now on; what was created before keeps its own."""
+    run_changing(lambda engine: change_rail(engine, merchant=shop[0], shop=shop[1], rail=rail, actor=actor))
+    show_record({"shop": "/".join(shop), "rail": rail}, as_json=as_json)
 
 
 @shop_group.command("list")
@@ -194,7 +201,7 @@ def add_key_command(
         )
     )
     limits = {"shops": shops, "scopes": scopes, "networks": networks, "expires_at": expires_at, "v1_only": v1_only}
-    _show_secret(
+    show_secret(
         {"merchant": merchant, **limits, "public_id": issued.public_id, "secret": issued.secret}, as_json=as_json
     )
 
@@ -216,9 +223,3 @@ def list_keys_command(merchant: str | None, as_json: bool) -> None:
     """List keys, revoked ones too, oldest first; never their secrets."""
     rows = run_connected(lambda engine: in_transaction(engine, lambda tx: list_api_keys(tx, merchant)))
     show_records("keys", (row._asdict() for row in rows), as_json=as_json)
-
-
-def _show_secret(record: dict[str, Any], *, as_json: bool) -> None:
-    show_record(record, as_json=as_json)
-    if not as_json:
-        click.echo(_SHOWN_ONCE)

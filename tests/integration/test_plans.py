@@ -26,7 +26,7 @@ from common.db.due import (
     claim_due_ids,
     find_expired,
     find_histories,
-    find_rails_due,
+    find_rails_gone,
     finish_attempts,
     lock_due,
 )
@@ -191,7 +191,7 @@ HOT: dict[str, tuple[str, Work]] = {
         WORKER,
         lambda crowd: lambda tx: claim_due(tx, _claim(), FIRST_SHOP, Counter(shop for _, shop in crowd.keys)),
     ),
-    "find_rails_due": (WORKER, lambda _crowd: find_rails_due),
+    "find_rails_gone": (WORKER, lambda _crowd: find_rails_gone),
     "lock_payouts": (WORKER, lambda crowd: lambda tx: lock_payouts(tx, crowd.ids)),
     "lock_due": (WORKER, lambda crowd: lambda tx: lock_due(tx, crowd.ids)),
     "find_histories": (WORKER, lambda crowd: lambda tx: find_histories(tx, crowd.ids)),

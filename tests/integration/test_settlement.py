@@ -45,6 +45,8 @@ class TestRail:
         self, submit: Answer | Exception | None, look_up: Answer | Exception | None = None, *, lag_seconds: float = 0.0
     ) -> None:
         self.lag_seconds = lag_seconds
+        self.denial_seconds = 0.0
+        self.calls_max: int | None = None
         self.submitted: list[str] = []
         self.looked_up: list[str] = []
         self._submit = submit

@@ -53,6 +53,7 @@ CONTRACT = {
     "insufficient_balance": (422, "insufficient_balance", "Insufficient balance. Required 2.00, available 1.00."),
     "external_id_reused": (422, "external_id_reused", "external_id was already used with different content: amount"),
     "not_cancelable": (422, "not_cancelable", "Payout can no longer be canceled"),
+    "event_id_reused": (422, "event_id_reused", "An event of this id said something else"),
     "rate_limited": (429, "rate_limited", "Too many requests"),
     "server_error": (500, "server_error", "Server error"),
     "overloaded": (503, "unavailable", "Service unavailable. Repeat the same request."),

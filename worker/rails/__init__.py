@@ -25,12 +25,17 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A rail's answer. `failure_code` is one of `common.domain.payout.FAILURES`, and only with `DECLINED`."""
+    """A rail's answer. `failure_code` is one of `common.domain.payout.FAILURES`, and only with `DECLINED`.
+
+    `amount_minor`, `currency`: what it says it is about; None: it did not say.
+    """
 
     outcome: Outcome
     failure_code: str | None = None
     provider_reference: str | None = None
     detail: str | None = None
+    amount_minor: int | None = None
+    currency: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,15 @@ class Rail(Protocol):
 
     @property
     def lag_seconds(self) -> float:
-        """How long after a submit its look-up may still not know of it."""
+        """How long a look-up should wait after a submit whose answer was lost."""
+
+    @property
+    def denial_seconds(self) -> float:
+        """For how long after a submit began "not found" may still mean "not yet", and is no proof."""
+
+    @property
+    def calls_max(self) -> int | None:
+        """How many calls may be in flight now; None: as many as the worker makes, 0: none for a while."""
 
     async def submit(self, order: PaymentOrder) -> Answer:
         """Ask to pay. Repeat: the same reference is never paid twice."""

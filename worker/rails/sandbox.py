@@ -61,6 +61,9 @@ class SandboxRail:
     """A bank in a schema. `settle_seconds`: from submitted to paid for recipient 0001."""
 
     lag_seconds: Final = 0.0
+    # It books in the transaction that asks it, and nobody's request is under way to it for longer than a lease.
+    denial_seconds: Final = 0.0
+    calls_max: Final = None
 
     def __init__(self, engine: Engine, *, settle_seconds: float) -> None:
         self._engine = engine

@@ -1,0 +1,63 @@
+"""A bank for tests: the simulator's own, on a free port, that behaves as it is told."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aiohttp import web
+
+from ops.simulator.bank import Bank
+from ops.simulator.ledger import Ledger, Payment
+from ops.simulator.moods import Behaviour, Manner
+
+SECRET = "rk_tests"
+SLOW_SECONDS = 30.0
+
+
+@dataclass(slots=True)
+class Script:
+    """A mood that does what it is told: behaviours for the submits to come, manners for the look-ups; then it is calm."""
+
+    submits: list[Behaviour] = field(default_factory=list)
+    look_ups: list[Manner] = field(default_factory=list)
+
+    def submit(self, _reference: str, _submits: int) -> Behaviour:
+        return self.submits.pop(0) if self.submits else Behaviour()
+
+    def look_up(self, _reference: str) -> Manner:
+        return self.look_ups.pop(0) if self.look_ups else Manner.ANSWER
+
+
+@dataclass(frozen=True, slots=True)
+class RunningBank:
+    """A bank that answers at `base_url`."""
+
+    base_url: str
+    ledger: Ledger
+    script: Script
+
+    def payment(self, reference: str) -> Payment:
+        """A payment that it was asked for."""
+        payment = self.ledger.find(reference)
+        assert payment is not None, f"nobody asked for {reference}"
+        return payment
+
+
+@asynccontextmanager
+async def bank(folder: Path, *, events_url: str | None = None, pace_seconds: float = 0.0) -> AsyncIterator[RunningBank]:
+    """A bank that tells its events to `events_url`, if there is one."""
+    script, ledger = Script(), Ledger(folder / "bank.sqlite")
+    made = Bank(
+        ledger, script, secret=SECRET, events_url=events_url, pace_seconds=pace_seconds, slow_seconds=SLOW_SECONDS
+    )
+    runner = web.AppRunner(made.app(), access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        port = runner.addresses[0][1]
+        yield RunningBank(f"http://127.0.0.1:{port}", ledger, script)
+    finally:
+        await runner.cleanup()
+        ledger.close()
