@@ -77,6 +77,7 @@ async def add_funded_merchant(
     """A merchant of its own, ready to pay."""
     code = f"merchant-{next(_numbers)}"
     await add_merchant(owner, code=code, name=code, actor=ACTOR)
+    rail = shop_options.pop("rail", None)
     options: dict[str, Any] = {
         "rail": "sandbox",
         "is_default": True,
@@ -86,6 +87,14 @@ async def add_funded_merchant(
     webhook_secret = await add_shop(
         owner, config.keyring, merchant=code, code="shop-001", currency=currency, actor=ACTOR, **options
     )
+    if rail is not None:
+        # Whether there is such a rail or not.
+        await execute(
+            owner,
+            "UPDATE shops SET rail = :rail WHERE merchant_id = (SELECT id FROM merchants WHERE code = :code)",
+            rail=rail,
+            code=code,
+        )
     key = await add_key(owner, config.keyring, merchant=code, actor=ACTOR)
     if funds is not None:
         await top_up(owner, merchant=code, shop="shop-001", amount=funds, reason="a test", actor=ACTOR)

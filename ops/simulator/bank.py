@@ -52,7 +52,7 @@ class Bank:
     ) -> None:
         self._ledger = ledger
         self._mood = mood
-        self._secret = secret
+        self.secret = secret
         self._events_url = events_url
         self._pace_seconds = pace_seconds
         self._slow_seconds = slow_seconds
@@ -179,7 +179,7 @@ class Bank:
 
     def _answer(self, request: web.Request, status: int, body: dict[str, Any]) -> web.Response:
         content, timestamp = json.dumps(body).encode(), str(int(time.time()))
-        signature = sign_answer(self._secret, timestamp, request.headers["X-Signature"], status, content)
+        signature = sign_answer(self.secret, timestamp, request.headers["X-Signature"], status, content)
         return web.Response(
             status=status,
             body=content,
@@ -191,7 +191,7 @@ class Bank:
         timestamp = request.headers.get("X-Timestamp", "")
         signed_at = parse_timestamp(timestamp)
         path, _, query = request.raw_path.partition("?")
-        expected = sign_v1(self._secret, timestamp, request.method, path, query, body)
+        expected = sign_v1(self.secret, timestamp, request.method, path, query, body)
         return (
             signed_at is not None
             and abs(time.time() - signed_at) <= WINDOW_SECONDS
@@ -216,7 +216,7 @@ class Bank:
     async def _tell(self, session: aiohttp.ClientSession, event: Untold) -> None:
         assert self._events_url is not None
         url, timestamp = URL(self._events_url), str(int(time.time()))
-        signature = sign_v1(self._secret, timestamp, "POST", url.raw_path, url.raw_query_string, event.body)
+        signature = sign_v1(self.secret, timestamp, "POST", url.raw_path, url.raw_query_string, event.body)
         headers = {
             "Content-Type": "application/json",
             "X-Timestamp": timestamp,
