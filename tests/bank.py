@@ -64,11 +64,13 @@ async def add_rail(working: Desk, name: str, base_url: str, **terms: Any) -> Non
 
 
 @asynccontextmanager
-async def bank(folder: Path, *, events_url: str | None = None, pace_seconds: float = 0.0) -> AsyncIterator[RunningBank]:
+async def bank(
+    folder: Path, *, events_url: str | None = None, pace_seconds: float = 0.0, slow_seconds: float = SLOW_SECONDS
+) -> AsyncIterator[RunningBank]:
     """A bank that tells its events to `events_url`, if there is one."""
     script, ledger = Script(), Ledger(folder / "bank.sqlite")
     made = Bank(
-        ledger, script, secret=SECRET, events_url=events_url, pace_seconds=pace_seconds, slow_seconds=SLOW_SECONDS
+        ledger, script, secret=SECRET, events_url=events_url, pace_seconds=pace_seconds, slow_seconds=slow_seconds
     )
     runner = web.AppRunner(made.app(), access_log=None, shutdown_timeout=0.1)
     await runner.setup()

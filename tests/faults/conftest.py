@@ -1,7 +1,6 @@
 """What the fault tests share: the settings of a test's database, and the owner's way into it."""
 
 from collections.abc import AsyncIterator
-from typing import TypeAlias
 
 import asyncpg
 import pytest
@@ -13,6 +12,7 @@ from tests.broker import Broker
 from tests.conftest import Server
 from tests.factories import engine, settings
 from tests.faults.amqp_proxy import AmqpProxy, amqp_proxy
+from tests.faults.locks import Superuser
 from tests.faults.scene import SHORT_LEASES, Scene, scene
 
 
@@ -42,9 +42,6 @@ async def proxy(broker: Broker) -> AsyncIterator[AmqpProxy]:
     """A way to the session's broker that can be hurt."""
     async with amqp_proxy(broker.url) as between:
         yield between
-
-
-Superuser: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 
 @pytest.fixture

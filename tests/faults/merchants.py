@@ -15,7 +15,7 @@ import asyncpg
 from common.db.engine import Engine
 from common.db.invariants import verify
 from tests.factories import Merchant, fetch
-from tests.faults.conftest import Superuser
+from tests.faults.locks import Superuser
 
 CREATE_PATH: Final = "/api/v1/payouts"
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from sqlalchemy.engine import make_url
 
-from tests.stack import free_port
+from tests.stack import eventually, free_port
 
 _PROTOCOL_3: Final = 3
 # Our SQL has its words in capitals and its names in small letters, so that FOR UPDATE is none of these.
@@ -226,3 +226,12 @@ async def proxy(database_url: str) -> AsyncIterator[Proxy]:
         yield running
     finally:
         await running.close()
+
+
+async def until_failed(network: Proxy) -> None:
+    """Return once the network has done what it was told."""
+
+    async def failed() -> bool:
+        return network.faults_done >= 1
+
+    await eventually(failed, "the network failed at COMMIT")

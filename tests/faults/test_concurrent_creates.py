@@ -16,7 +16,7 @@ from common.errors import ExternalIdReused, InsufficientBalance, Overloaded
 from common.settings import Settings
 from gateway.accept import Accepted, Acceptor, Order
 from tests.factories import add_funded_merchant, create_body, execute, fetch, order
-from tests.faults.conftest import Superuser
+from tests.faults.locks import Superuser
 from tests.faults.merchants import (
     Stored,
     account_locked,

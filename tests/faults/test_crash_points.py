@@ -9,40 +9,23 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 from uuid import UUID
 
-import asyncpg
 import pytest
 
 from common.db.engine import Engine, in_transaction
 from common.settings import Settings
 from gateway.accept import Accepted, decide_batch
 from tests.factories import Merchant, add_funded_merchant, execute, fetch, order
-from tests.faults.conftest import Superuser
 from tests.faults.endings import exit_code, leave
+from tests.faults.locks import Superuser, locked, until_waiting
 from tests.faults.merchants import assert_invariants
-from tests.faults.proxy import CommitFault, Proxy, proxy
+from tests.faults.patience import LONG, SHORT
+from tests.faults.proxy import CommitFault, Proxy, proxy, until_failed
 from tests.faults.receiver import Receiver, receiver
 from tests.stack import Process, Stack, eventually, stack
 
-# As short as the settings allow: a lease must outlast its call by 5 s.
-SHORT: Final = {
-    "PAYOUTS_RAIL_TIMEOUT_SECONDS": "0.5",
-    "PAYOUTS_SETTLE_LEASE_SECONDS": "5.5",
-    "PAYOUTS_CALLBACK_TIMEOUT_SECONDS": "0.5",
-    "PAYOUTS_CALLBACK_LEASE_SECONDS": "5.5",
-}
-# So long that nothing but the test ends a wait.
-LONG: Final = {
-    "PAYOUTS_RAIL_TIMEOUT_SECONDS": "40",
-    "PAYOUTS_SETTLE_LEASE_SECONDS": "50",
-    "PAYOUTS_CALLBACK_TIMEOUT_SECONDS": "40",
-    "PAYOUTS_CALLBACK_LEASE_SECONDS": "50",
-    "PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS": "40",
-    "PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS": "40",
-    "PAYOUTS_DRAIN_SECONDS": "20",
-}
 USUAL, SILENT_FOR_EVER, PAID_IN_SILENCE, DECLINED_IN_SILENCE = (
     "01712345678",
     "01700000200",
@@ -124,19 +107,7 @@ class Scene:
 
     async def until_waiting(self, role: str, table: str) -> None:
         """Return once a worker's statement on a table waits for a lock."""
-
-        async def waiting() -> bool:
-            found: bool = await self.superuser.fetchval(
-                """
-                SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database()
-                   AND application_name = $1 AND wait_event_type = 'Lock' AND query LIKE '%' || $2 || '%')
-                """,
-                f"payouts-{role}",
-                table,
-            )
-            return found
-
-        await eventually(waiting, f"the worker waits for {table}")
+        await until_waiting(self.superuser, role, table)
 
     async def until_disconnected(self, role: str) -> None:
         """Return once the server has noticed that the workers of a role are gone."""
@@ -147,30 +118,17 @@ class Scene:
 
         await eventually(gone, f"the sessions of {role} are gone")
 
-    @asynccontextmanager
-    async def locked(self, statement: str, *values: Any) -> AsyncIterator[None]:
-        """Hold what the statement locks for the length of the context."""
-        url = self.owner.url.set(drivername="postgresql").render_as_string(hide_password=False)
-        connection = await asyncpg.connect(url)
-        try:
-            async with connection.transaction():
-                await connection.execute("SET LOCAL ROLE payouts_owner")
-                await connection.execute(statement, *values)
-                yield
-        finally:
-            await connection.close()
-
     def rail_closed(self) -> Any:
         """The rail books nothing for the length of the context: its callers wait."""
-        return self.locked("LOCK TABLE sandbox.payments IN SHARE MODE")
+        return locked(self.owner, "LOCK TABLE sandbox.payments IN SHARE MODE")
 
     def due_row_held(self) -> Any:
         """Somebody holds the payout's due row for the length of the context."""
-        return self.locked("SELECT FROM payout_due WHERE payout_id = $1 FOR UPDATE", self.payout_id)
+        return locked(self.owner, "SELECT FROM payout_due WHERE payout_id = $1 FOR UPDATE", self.payout_id)
 
     def callback_row_held(self) -> Any:
         """Somebody holds the callback's due row for the length of the context."""
-        return self.locked("SELECT FROM callback_due FOR UPDATE")
+        return locked(self.owner, "SELECT FROM callback_due FOR UPDATE")
 
     async def assert_settled_once(self, state: str = "success") -> None:
         """Ended once, told once, agreeing with the rail, under one reference."""
@@ -220,15 +178,6 @@ async def settled_scene(
 async def start_behind(on: Scene, network: Proxy, role: str) -> Process:
     """A worker whose only way to the database is the proxy."""
     return await on.running.start("worker", role, DATABASE_URL=network.url)
-
-
-async def until_failed(network: Proxy) -> None:
-    """Return once the network has done what it was told."""
-
-    async def failed() -> bool:
-        return network.faults_done >= 1
-
-    await eventually(failed, "the network failed at COMMIT")
 
 
 # Settlement: killed.

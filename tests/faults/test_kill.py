@@ -19,9 +19,9 @@ from common.domain.money import parse_amount
 from common.settings import Settings
 from tests.conftest import MakeCluster
 from tests.factories import Merchant, add_funded_merchant, create_body, engine, execute, fetch, settings
-from tests.faults.conftest import Superuser
 from tests.faults.endings import exit_code, leave
 from tests.faults.load import ENDS, Load, Sent, assert_told_truly
+from tests.faults.locks import Superuser
 from tests.faults.merchants import (
     account_locked,
     assert_invariants,

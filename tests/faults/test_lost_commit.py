@@ -9,7 +9,7 @@ import pytest
 from common.db.engine import Engine
 from common.settings import Settings
 from tests.factories import Merchant, add_funded_merchant, create_body, fetch
-from tests.faults.conftest import Superuser
+from tests.faults.locks import Superuser
 from tests.faults.merchants import (
     Answer,
     Sender,

@@ -504,7 +504,26 @@ CASES: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("a rail's word is applied without an effect", WORKER, "rail_events_effect_iff_applied", (
         _RAIL_EVENT, "UPDATE rail_events SET applied_at = now()")),
     ("a rail's word is forgotten", OWNER, "rail_events_no_delete", (_RAIL_EVENT, "DELETE FROM rail_events")),
-    ("the gateway listens", GATEWAY, NOT_ALLOWED, (_RAIL_EVENT,)),
+    ("the gateway says what came of a rail's word", GATEWAY, NOT_ALLOWED, (
+        _RAIL_EVENT, "UPDATE rail_events SET applied_at = now(), effect = 'known'")),
+    ("the gateway stores a word as applied", GATEWAY, NOT_ALLOWED, (
+        "INSERT INTO rail_events (rail, event_id, reference, outcome, applied_at, effect)"
+        " VALUES ('sandbox', 'e', 'r', 'paid', now(), 'known')",)),
+    ("a bank without an address", OPS, "rails_http_has_address_and_secret", (
+        "INSERT INTO rails (id, name, kind, secret_sealed) VALUES ('{fresh}', 'bank', 'http', 'x')",)),
+    ("a bank without a secret", OPS, "rails_http_has_address_and_secret", (
+        "INSERT INTO rails (id, name, kind, base_url) VALUES ('{fresh}', 'bank', 'http', 'http://b')",)),
+    ("a rail of no known kind", OPS, "rails_kind_check", (
+        "INSERT INTO rails (id, name, kind) VALUES ('{fresh}', 'bank', 'swift')",)),
+    ("a rail's name for the second time", OPS, "rails_name_key", (
+        "INSERT INTO rails (id, name, kind) VALUES ('{fresh}', 'sandbox', 'sandbox')",)),
+    ("a rail becomes another", OWNER, "rails_terms_fixed", ("UPDATE rails SET name = 'other'",)),
+    ("ops send a rail's payouts elsewhere", OPS, NOT_ALLOWED, ("UPDATE rails SET base_url = 'http://elsewhere'",)),
+    ("a rail goes while shops name it", OPS, "rails_stay_while_named", ("DELETE FROM rails",)),
+    ("the worker switches a rail off", WORKER, NOT_ALLOWED, ("UPDATE rails SET status = 'off'",)),
+    ("the gateway switches a rail off", GATEWAY, NOT_ALLOWED, ("UPDATE rails SET status = 'off'",)),
+    ("ops read a rail's secret", OPS, NOT_ALLOWED, ("SELECT secret_sealed FROM rails",)),
+    ("readers read a rail's secret", READONLY, NOT_ALLOWED, ("SELECT secret_sealed FROM rails",)),
     ("a discrepancy is closed by nobody", OPS, "discrepancies_closed_by_somebody", (
         "UPDATE discrepancies SET closed_at = now()",)),
     ("a discrepancy is closed by an audit row about something else", OPS, "discrepancies_closed_by_audit", (

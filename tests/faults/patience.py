@@ -1,0 +1,21 @@
+"""How long processes are patient in the fault tests: as short as may be, or longer than any test."""
+
+from typing import Final
+
+# As short as the settings allow: a lease must outlast its call by 5 s.
+SHORT: Final = {
+    "PAYOUTS_RAIL_TIMEOUT_SECONDS": "0.5",
+    "PAYOUTS_SETTLE_LEASE_SECONDS": "5.5",
+    "PAYOUTS_CALLBACK_TIMEOUT_SECONDS": "0.5",
+    "PAYOUTS_CALLBACK_LEASE_SECONDS": "5.5",
+}
+# So long that nothing but the test ends a wait.
+LONG: Final = {
+    "PAYOUTS_RAIL_TIMEOUT_SECONDS": "40",
+    "PAYOUTS_SETTLE_LEASE_SECONDS": "50",
+    "PAYOUTS_CALLBACK_TIMEOUT_SECONDS": "40",
+    "PAYOUTS_CALLBACK_LEASE_SECONDS": "50",
+    "PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS": "40",
+    "PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS": "40",
+    "PAYOUTS_DRAIN_SECONDS": "20",
+}
