@@ -1,7 +1,7 @@
 """A queued payout can be canceled, or expires; every move of a payout leaves a line of history.
 
-Old code runs on it: it writes no `expires_at`, its moves leave their lines like those of new code, and what has expired it
-cannot send, since the schema does not let it.
+It reads all payouts once. Old code runs on it: it writes no `expires_at`, its moves leave their lines like those of new
+code, and what has expired it cannot send, since the schema does not let it.
 """
 
 from alembic import op
@@ -12,7 +12,8 @@ branch_labels = None
 depends_on = None
 
 TABLES = [
-    # In the order of every transaction of ours, so that this waits for them and they for it, and nobody for ever.
+    # All at once: whoever holds one of them is waited for here, before anything is changed. Should it be a deadlock, nothing
+    # has happened, and it may be run again.
     "LOCK TABLE payout_due, payouts, entries, callbacks, callback_due IN ACCESS EXCLUSIVE MODE",
     "ALTER TABLE payouts ADD COLUMN expires_at timestamptz",
     # A copy, so that what has expired is found without a look at payouts.
@@ -26,6 +27,11 @@ TABLES = [
       state text NOT NULL,
       at timestamptz NOT NULL DEFAULT now(),
       PRIMARY KEY (payout_id, shop_id, version))
+    """,
+    # Of what has moved before, only the last line is known.
+    """
+    INSERT INTO payout_moves (payout_id, shop_id, version, state, at)
+      SELECT id, shop_id, version, state, updated_at FROM payouts WHERE version > 1
     """,
 ]
 

@@ -13,7 +13,8 @@ depends_on = None
 
 AMOUNT_MINOR_MAX = 10**15
 TABLES = [
-    # In the order of every transaction of ours, so that this waits for them and they for it, and nobody for ever.
+    # All at once: whoever holds one of them is waited for here, before anything is changed. Should it be a deadlock, nothing
+    # has happened, and it may be run again.
     "LOCK TABLE payout_due, payouts, entries, payout_attempts IN ACCESS EXCLUSIVE MODE",
     # The inbox: an event is stored before it is acknowledged, and applied once, by whoever gets to it first.
     f"""

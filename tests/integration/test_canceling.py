@@ -10,8 +10,9 @@ import pytest
 from sqlalchemy.exc import DBAPIError
 
 from common.canceling import cancel, expire_page
-from common.db.due import FIRST_TO_EXPIRE, Expiring
+from common.db.due import FIRST_TO_EXPIRE, Expiring, NewWord, append_words
 from common.db.engine import in_transaction
+from common.db.rail_events import NewRailEvent, append_rail_events
 from common.errors import (
     AccessDenied,
     AccountBusy,
@@ -22,10 +23,14 @@ from common.errors import (
     PayoutsError,
     ShopNotFound,
 )
+from gateway.cancel import Canceler
 from gateway.schemas import parse_create_payout
 from tests.factories import Merchant, create_body, execute, order
 from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, desk, let_pass, obstruct
 from tests.stack import client, eventually, stack
+from worker.conclusions import Ended
+from worker.hearing import hear
+from worker.rails import Answer, Outcome
 from worker.sweep import Sweeper
 
 FUNDS_MINOR = 100_000_000
@@ -128,6 +133,26 @@ async def test_a_payout_that_its_rail_refused_can_be_canceled_while_it_waits(wor
     await working.settle()
     assert await working.state(payout_id) == "canceled"
     assert await working.attempts(payout_id) == [("submit", "not_accepted")]
+
+
+async def test_what_the_rail_says_it_has_can_not_be_canceled_though_it_is_queued(working: Desk) -> None:
+    """The schema has the last word: such a payout is not given back, whatever was forgotten to be looked at."""
+    merchant = await working.merchant()
+    payout_id = await working.create(merchant)
+    (call,) = await working.claim()
+    await working.record(Ended(call, Answer(Outcome.NOT_ACCEPTED)))
+    word = [NewWord(payout_id, merchant.shop.id, 2, "sandbox", call.reference, "paid", None)]
+    await in_transaction(working.worker, lambda tx: append_words(tx, word))
+    canceler = Canceler(working.gateway, slots=1, busy_seconds_max=1.0, tell=lambda _: None)
+
+    with pytest.raises(NotCancelable):
+        await canceler.cancel(merchant.shop.id, await external_id(working, payout_id))
+
+    assert await working.balance(merchant) == (FUNDS_MINOR, AMOUNT_MINOR)
+    event = NewRailEvent("sandbox", "e-1", call.reference, "paid")
+    await in_transaction(working.worker, lambda tx: append_rail_events(tx, [event]))
+    await hear(working.worker)
+    assert await working.state(payout_id) == "success"
 
 
 async def test_canceling_and_sending_at_once_has_one_winner(working: Desk) -> None:
