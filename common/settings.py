@@ -12,9 +12,12 @@ from typing import Any, Final
 
 from yarl import URL
 
+from common.domain.schedule import LOOK_UP_DELAYS, SUBMIT_DELAYS, Patience
 from common.sealing import KEY_BYTES, Keyring
 
 _PREFIX: Final = "PAYOUTS_"
+_DELAY_SECONDS_MAX: Final = 30 * 24 * 3600.0
+_DELAYS_MAX: Final = 50
 _META: Final = "setting"
 
 
@@ -112,6 +115,13 @@ def _address(text: str) -> str:
 
 def _ports(text: str) -> frozenset[int]:
     return frozenset(_integer(1, 65_535)(port) for port in text.split(",") if port)
+
+
+def _delays(text: str) -> tuple[float, ...]:
+    delays = tuple(_decimal(0.1, _DELAY_SECONDS_MAX)(delay) for delay in text.split(","))
+    if len(delays) > _DELAYS_MAX:
+        raise _Nonsense(f"must be at most {_DELAYS_MAX} delays")
+    return delays
 
 
 def _key(text: str) -> bytes:
@@ -273,6 +283,18 @@ class Settings:
         "5",
         "to open a connection to a rail; then nothing was sent",
     )
+    submit_delays_seconds: tuple[float, ...] = _setting(
+        "PAYOUTS_SUBMIT_DELAYS_SECONDS",
+        _delays,
+        ",".join(map(str, SUBMIT_DELAYS)),
+        "between tries to send what a rail did not accept; after the last one `provider_unavailable`",
+    )
+    look_up_delays_seconds: tuple[float, ...] = _setting(
+        "PAYOUTS_LOOK_UP_DELAYS_SECONDS",
+        _delays,
+        ",".join(map(str, LOOK_UP_DELAYS)),
+        "between questions what became of a payout; the last one repeats for ever",
+    )
     rail_breaker_failures: int = _setting(
         "PAYOUTS_RAIL_BREAKER_FAILURES",
         _integer(1, 10_000),
@@ -306,6 +328,11 @@ class Settings:
     drain_seconds: float = _setting(
         "PAYOUTS_DRAIN_SECONDS", _decimal(0, 300), "25", "after SIGTERM, to finish what was begun"
     )
+
+    @property
+    def patience(self) -> Patience:
+        """When rails are asked again."""
+        return Patience(self.submit_delays_seconds, self.look_up_delays_seconds)
 
     @property
     def keyring(self) -> Keyring:

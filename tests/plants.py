@@ -81,7 +81,7 @@ PLANTS: Final = (
     Plant(
         "a time-out releases the money",
         "worker/conclusions.py",
-        "    return Conclusion(State.VERIFYING, max(look_up_delay(0), lag_seconds))",
+        "    return Conclusion(State.VERIFYING, until_look_up)",
         '    return Conclusion(State.FAILED, None, "other")',
         (_SETTLEMENT,),
     ),

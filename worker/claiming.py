@@ -21,7 +21,7 @@ from common.db.engine import Tx
 from common.db.payouts import Move, lock_payouts, save_moves
 from common.domain.ids import PAYOUT, render_id
 from common.domain.payout import State
-from common.domain.schedule import look_up_delay
+from common.domain.schedule import USUAL_PATIENCE, Patience
 from common.log import LogEvent, get_logger
 from worker.conclusions import LOOK_UP, SUBMIT, Call
 from worker.rails import Outcome
@@ -39,6 +39,7 @@ async def claim_calls(
     lag_seconds: float,
     start_until: float,
     denial_seconds: float = 0.0,
+    patience: Patience = USUAL_PATIENCE,
     payout_ids: Sequence[UUID] | None = None,
 ) -> tuple[Claimed, list[Call]]:
     """Take due payouts, of those named or shop by shop, and write down the calls that will be made for them, beforehand.
@@ -90,6 +91,7 @@ async def claim_calls(
                 start_until=start_until,
                 lag_seconds=lag_seconds,
                 denial_seconds=denial_seconds,
+                patience=patience,
             )
         )
     await save_moves(tx, moves)
@@ -98,7 +100,7 @@ async def claim_calls(
         [NewAttempt(c.payout.id, c.payout.shop_id, c.attempt_no, c.action, claim.rail, c.reference) for c in calls],
     )
     abandoned = [move.payout.id for move in moves if move.state is State.VERIFYING]
-    await reschedule_due(tx, dict.fromkeys(abandoned, max(look_up_delay(0), lag_seconds)))
+    await reschedule_due(tx, dict.fromkeys(abandoned, max(patience.look_up_delay(0), lag_seconds)))
     # The sweep ends them; it comes by sooner.
     await reschedule_due(tx, dict.fromkeys(expired, _EXPIRED_SECONDS))
     for payout_id in abandoned:

@@ -12,7 +12,7 @@ from common.db.due import History
 from common.db.payouts import LockedPayout
 from common.domain.ids import PAYOUT, render_id
 from common.domain.payout import FAILURES, State
-from common.domain.schedule import look_up_delay, submit_delay
+from common.domain.schedule import USUAL_PATIENCE, Patience
 from common.log import LogEvent, get_logger
 from common.moving import Conclusion
 from worker.rails import Answer, Outcome
@@ -42,6 +42,7 @@ class Call:
     start_until: float
     lag_seconds: float = 0.0
     denial_seconds: float = 0.0
+    patience: Patience = USUAL_PATIENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | 
     if payout.state.is_final:
         return None
     if payout.state is State.QUEUED:
-        return _conclude_queued(outcome)
+        return _conclude_queued(outcome, ended.call.patience)
     if outcome is Outcome.PAID:
         return Conclusion(State.SUCCESS, None)
     if not held:
@@ -71,7 +72,7 @@ def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | 
     if outcome is Outcome.DECLINED:
         return Conclusion(State.FAILED, None, ended.answer.failure_code or "provider_declined")
     if ended.call.action == SUBMIT:
-        return _conclude_submit(outcome, 0 if history is None else history.submits_refused, ended.call.lag_seconds)
+        return _conclude_submit(outcome, ended.call)
     if (
         outcome is Outcome.NOT_FOUND
         and history is not None
@@ -79,32 +80,35 @@ def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | 
     ):
         # A request of ours may still be on its way to the rail.
         outcome = Outcome.UNKNOWN
-    return _conclude_look_up(payout, outcome, history)
+    return _conclude_look_up(payout, outcome, ended.call)
 
 
-def _conclude_queued(outcome: Outcome) -> Conclusion | None:
+def _conclude_queued(outcome: Outcome, patience: Patience) -> Conclusion | None:
     """The rail has what it seemed not to have: the payout must not be sent again, nor given back."""
     if outcome is Outcome.PAID:
         return Conclusion(State.SUCCESS, None, passing=State.SENDING)
     if outcome is Outcome.SUBMITTED:
-        return Conclusion(State.SUBMITTED, look_up_delay(0), passing=State.SENDING)
+        return Conclusion(State.SUBMITTED, patience.look_up_delay(0), passing=State.SENDING)
     return None
 
 
-def _conclude_submit(outcome: Outcome, refusals_before: int, lag_seconds: float) -> Conclusion:
+def _conclude_submit(outcome: Outcome, call: Call) -> Conclusion:
+    # Before its lag is over, the rail may not know of what it has taken.
+    until_look_up = max(call.patience.look_up_delay(0), call.lag_seconds)
     if outcome is Outcome.SUBMITTED:
-        return Conclusion(State.SUBMITTED, max(look_up_delay(0), lag_seconds))
+        return Conclusion(State.SUBMITTED, until_look_up)
     if outcome is Outcome.NOT_ACCEPTED:
-        delay_seconds = submit_delay(refusals_before + 1)
+        refusals_before = 0 if call.history is None else call.history.submits_refused
+        delay_seconds = call.patience.submit_delay(refusals_before + 1)
         if delay_seconds is None:
             return Conclusion(State.FAILED, None, "provider_unavailable")
         return Conclusion(State.QUEUED, delay_seconds)
-    # Before its lag is over, the rail may not know of what it has taken.
-    return Conclusion(State.VERIFYING, max(look_up_delay(0), lag_seconds))
+    return Conclusion(State.VERIFYING, until_look_up)
 
 
-def _conclude_look_up(payout: LockedPayout, outcome: Outcome, history: History | None) -> Conclusion:
-    delay_seconds = look_up_delay(1 if history is None else history.look_ups + 1)
+def _conclude_look_up(payout: LockedPayout, outcome: Outcome, call: Call) -> Conclusion:
+    history = call.history
+    delay_seconds = call.patience.look_up_delay(1 if history is None else history.look_ups + 1)
     was_taken = payout.provider_reference is not None or (history is not None and history.was_taken)
     if outcome is Outcome.SUBMITTED:
         return Conclusion(State.SUBMITTED if payout.state is State.VERIFYING else None, delay_seconds)

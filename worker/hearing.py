@@ -27,7 +27,7 @@ from common.db.rail_events import (
 )
 from common.domain.ids import PAYOUT, new_id, render_id
 from common.domain.payout import FAILURES, State
-from common.domain.schedule import look_up_delay
+from common.domain.schedule import USUAL_PATIENCE, Patience
 from common.errors import Transient
 from common.log import LogEvent, get_logger
 from common.moving import Conclusion, carry_out
@@ -82,7 +82,7 @@ class _Plan:
         return self.payout.account_id
 
 
-async def hear(engine: Engine) -> Heard:
+async def hear(engine: Engine, patience: Patience = USUAL_PATIENCE) -> Heard:
     """Apply the oldest words. One that the database refuses holds up nobody: it is logged, and its turn comes again later.
 
     Repeat: a word is applied once, whoever gets to it first.
@@ -91,11 +91,11 @@ async def hear(engine: Engine) -> Heard:
     if not keys:
         return Heard()
     try:
-        heard = await in_transaction(engine, partial(apply_words, keys=keys))
+        heard = await in_transaction(engine, partial(apply_words, keys=keys, patience=patience))
     except Transient:
         raise
     except Exception:
-        each = [await _hear_one(engine, key) for key in keys]
+        each = [await _hear_one(engine, key, patience) for key in keys]
         heard = Heard(
             sum(one.count for one in each),
             [event for one in each for event in one.events],
@@ -105,9 +105,9 @@ async def hear(engine: Engine) -> Heard:
     return heard
 
 
-async def _hear_one(engine: Engine, key: EventKey) -> Heard:
+async def _hear_one(engine: Engine, key: EventKey, patience: Patience) -> Heard:
     try:
-        return await in_transaction(engine, partial(apply_words, keys=[key]))
+        return await in_transaction(engine, partial(apply_words, keys=[key], patience=patience))
     except Transient:
         raise
     except Exception as error:
@@ -123,7 +123,7 @@ async def _hear_one(engine: Engine, key: EventKey) -> Heard:
     return Heard()
 
 
-async def apply_words(tx: Tx, keys: Collection[EventKey]) -> Heard:
+async def apply_words(tx: Tx, keys: Collection[EventKey], patience: Patience = USUAL_PATIENCE) -> Heard:
     """Apply words, all about one payout in their order until one has moved it; those after it have their turn next time.
 
     Locks: the words, due rows, payouts, then the accounts of those that end; what waits for an account that somebody
@@ -139,6 +139,7 @@ async def apply_words(tx: Tx, keys: Collection[EventKey]) -> Heard:
             None if payout_id is None else payouts[payout_id],
             [event for event in words if event.payout_id == payout_id],
             None if payout_id is None else histories[payout_id],
+            patience,
         )
         for payout_id in {event.payout_id: None for event in words}
     ]
@@ -174,7 +175,9 @@ def note_discrepancies(opened: Iterable[NewDiscrepancy]) -> None:
         )
 
 
-def _plan(payout: LockedPayout | None, words: Sequence[RailEvent], history: History | None) -> _Plan:
+def _plan(
+    payout: LockedPayout | None, words: Sequence[RailEvent], history: History | None, patience: Patience
+) -> _Plan:
     """Judge the words about one payout in their order, each against where those before it have left the payout."""
     plan = _Plan(payout)
     was_declined = history is not None and history.was_declined
@@ -183,7 +186,7 @@ def _plan(payout: LockedPayout | None, words: Sequence[RailEvent], history: Hist
         if history is not None and _must_wait(history, event):
             plan.waiting.append(event)
             continue
-        verdict = _judge(seen, event, was_declined=was_declined)
+        verdict = _judge(seen, event, patience, was_declined=was_declined)
         if isinstance(verdict, NewDiscrepancy):
             plan.found.append(verdict)
             plan.effects.append((event, "discrepancy"))
@@ -208,7 +211,9 @@ def _must_wait(history: History, event: RailEvent) -> bool:
     return history.open_no is not None and event.outcome not in (Outcome.PAID, Outcome.RETURNED)
 
 
-def _judge(payout: LockedPayout | None, event: RailEvent, *, was_declined: bool) -> _Step | NewDiscrepancy:
+def _judge(
+    payout: LockedPayout | None, event: RailEvent, patience: Patience, *, was_declined: bool
+) -> _Step | NewDiscrepancy:
     outcome = Outcome(event.outcome)
     if payout is None:
         return _discrepancy(payout, event, "reference")
@@ -235,7 +240,7 @@ def _judge(payout: LockedPayout | None, event: RailEvent, *, was_declined: bool)
         return _Step(Conclusion(State.FAILED, None, known_code, passing), outcome)
     if payout.state is State.SUBMITTED:
         return _Step(None, outcome)
-    return _Step(Conclusion(State.SUBMITTED, look_up_delay(0), passing=passing), outcome)
+    return _Step(Conclusion(State.SUBMITTED, patience.look_up_delay(0), passing=passing), outcome)
 
 
 async def _append_steps(

@@ -107,7 +107,7 @@ class Settler:
         """Apply some of what rails have said by themselves. Returns whether there was anything."""
         if monotonic() < self._hear_at:
             return False
-        heard = await hear(self._engine)
+        heard = await hear(self._engine, self._settings.patience)
         self._tell(ids_to_tell(heard.events))
         if heard.count == 0:
             self._hear_at = monotonic() + _HEAR_SECONDS
@@ -195,6 +195,7 @@ class Settler:
                 busy=self._calls_by_shop[name],
                 lag_seconds=rail.lag_seconds,
                 denial_seconds=rail.denial_seconds,
+                patience=settings.patience,
                 start_until=monotonic() + settings.settle_lease_seconds - settings.rail_timeout_seconds,
                 payout_ids=payout_ids,
             )

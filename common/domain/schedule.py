@@ -1,5 +1,6 @@
 """When to try again: the schedules as data, in seconds. Each delay counts from the end of the attempt before it."""
 
+from dataclasses import dataclass
 from typing import Final
 
 _MINUTE: Final = 60
@@ -60,11 +61,20 @@ def callback_delay(step: int, luck: float, retry_after_seconds: float = 0.0) -> 
     return max(base, min(retry_after_seconds, CALLBACK_RETRY_AFTER_MAX)) + luck * spread
 
 
-def submit_delay(refusals: int) -> float | None:
-    """Seconds until a payout is sent again after that many refusals (from 1), or None at the end of the schedule."""
-    return SUBMIT_DELAYS[refusals - 1] if refusals <= len(SUBMIT_DELAYS) else None
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """When a rail is asked again, in seconds: to pay what it did not accept, and what became of what it may have taken."""
+
+    submit_delays: tuple[float, ...] = SUBMIT_DELAYS
+    look_up_delays: tuple[float, ...] = LOOK_UP_DELAYS
+
+    def submit_delay(self, refusals: int) -> float | None:
+        """Seconds until a payout is sent again after that many refusals (from 1), or None at the end of the schedule."""
+        return self.submit_delays[refusals - 1] if refusals <= len(self.submit_delays) else None
+
+    def look_up_delay(self, look_ups: int) -> float:
+        """Seconds until the next look-up after that many (from 0); the last delay repeats for ever."""
+        return self.look_up_delays[min(look_ups, len(self.look_up_delays) - 1)]
 
 
-def look_up_delay(look_ups: int) -> float:
-    """Seconds until the next look-up after that many (from 0); the last delay repeats for ever."""
-    return LOOK_UP_DELAYS[min(look_ups, len(LOOK_UP_DELAYS) - 1)]
+USUAL_PATIENCE: Final = Patience()

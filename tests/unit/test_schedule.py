@@ -11,9 +11,8 @@ from common.domain.schedule import (
     CALLBACK_RETRY_AFTER_MAX,
     LOOK_UP_DELAYS,
     SUBMIT_DELAYS,
+    USUAL_PATIENCE,
     callback_delay,
-    look_up_delay,
-    submit_delay,
 )
 
 MINUTE, HOUR, DAY = 60, 3600, 86_400
@@ -81,13 +80,13 @@ def test_a_retry_after_that_makes_no_sense_does_no_harm(asked: float) -> None:
 
 def test_a_submit_is_repeated_along_its_schedule_and_then_given_up() -> None:
     count = len(SUBMIT_DELAYS)
-    assert [submit_delay(refusals) for refusals in range(1, count + 1)] == list(SUBMIT_DELAYS)
-    assert [submit_delay(count + more) for more in (1, 2, 100)] == [None] * 3
+    assert [USUAL_PATIENCE.submit_delay(refusals) for refusals in range(1, count + 1)] == list(SUBMIT_DELAYS)
+    assert [USUAL_PATIENCE.submit_delay(count + more) for more in (1, 2, 100)] == [None] * 3
 
 
 def test_a_look_up_is_repeated_for_ever_and_daily_in_the_end() -> None:
-    assert [look_up_delay(count) for count in range(len(LOOK_UP_DELAYS))] == list(LOOK_UP_DELAYS)
-    assert {look_up_delay(count) for count in (len(LOOK_UP_DELAYS), 10_000)} == {DAY}
+    assert [USUAL_PATIENCE.look_up_delay(count) for count in range(len(LOOK_UP_DELAYS))] == list(LOOK_UP_DELAYS)
+    assert {USUAL_PATIENCE.look_up_delay(count) for count in (len(LOOK_UP_DELAYS), 10_000)} == {DAY}
 
 
 @pytest.mark.parametrize(
