@@ -1,6 +1,6 @@
-"""Bringing merchants in: merchants, shops with their accounts, keys, money. Each change is one audited transaction.
+"""Bringing merchants in: merchants, shops with their accounts, keys, money; and the rails that pay for them.
 
-The command line and the local stack both stand on this; what it returns in the clear is shown once and kept nowhere.
+Each change is one audited transaction.The command line and the local stack both stand on this; what it returns in the clear is shown once and kept nowhere.
 """
 
 import base64
@@ -26,11 +26,11 @@ from common.db.merchants import (
     save_api_key_revoked,
     save_shop_rail,
 )
-from common.db.rails import has_rail
+from common.db.rails import append_http_rail, delete_rail, has_rail
 from common.domain.ids import new_id
 from common.domain.money import CURRENCY_EXPONENTS, parse_amount
 from common.domain.signing import WEBHOOK_SECRET_PREFIX
-from common.sealing import API_KEY_PURPOSE, WEBHOOK_SECRET_PURPOSE, Keyring
+from common.sealing import API_KEY_PURPOSE, RAIL_SECRET_PURPOSE, WEBHOOK_SECRET_PURPOSE, Keyring
 
 SCOPES: Final = ("payouts:write", "payouts:read", "payins:write", "payins:read", "balance:read")
 
@@ -56,6 +56,9 @@ _TAKEN: Final = {
     "merchants_code_key": "a merchant of that code exists already",
     "shops_merchant_id_code_key": "the merchant has a shop of that code already",
     "shops_one_default_per_merchant": "the merchant has a default shop already",
+    "rails_name_key": "there is a rail of that name already",
+    "rails_name_check": "a rail's name is 1 to 63 characters of a-z 0-9 and -, a letter first",
+    "rails_stay_while_named": "shops or unfinished payouts still name the rail",
 }
 
 
@@ -123,6 +126,49 @@ async def add_shop(
 
     await _audited(engine, work)
     return secret
+
+
+async def add_http_rail(
+    engine: Engine,
+    keyring: Keyring,
+    *,
+    name: str,
+    base_url: str,
+    authoritative: bool,
+    lag_seconds: float = 0.0,
+    concurrency: int | None = None,
+    actor: str,
+) -> str:
+    """A new rail, switched on. Returns the secret that both sides sign with. Raises: `OnboardingRefused`."""
+    rail_id, secret = new_id(), f"rk_{secrets.token_urlsafe(32)}"
+    sealed = keyring.seal(secret.encode(), owner=rail_id, row=rail_id, purpose=RAIL_SECRET_PURPOSE, now=time.time())
+
+    async def work(tx: Tx) -> None:
+        await append_http_rail(
+            tx,
+            rail_id=rail_id,
+            name=name,
+            base_url=base_url,
+            secret_sealed=sealed,
+            authoritative=authoritative,
+            lag_seconds=lag_seconds,
+            concurrency=concurrency,
+        )
+        await append_audit(tx, actor=actor, action="rail.add", subject=name, detail={"base_url": base_url})
+
+    await _audited(engine, work)
+    return secret
+
+
+async def remove_rail(engine: Engine, *, name: str, reason: str, actor: str) -> None:
+    """Forget a rail that nothing names. Raises: `OnboardingRefused`."""
+
+    async def work(tx: Tx) -> None:
+        if not await delete_rail(tx, name):
+            raise OnboardingRefused(f"there is no rail {name}")
+        await append_audit(tx, actor=actor, action="rail.remove", subject=name, reason=reason)
+
+    await _audited(engine, work)
 
 
 async def change_rail(engine: Engine, *, merchant: str, shop: str, rail: str, actor: str) -> None:

@@ -1,30 +1,17 @@
 """`payouts rail`: what pays. A rail's secret is shown once, when the rail is added."""
 
-import secrets
-import time
-from collections.abc import Awaitable, Callable
-from typing import Final
-
 import click
-from sqlalchemy.exc import IntegrityError
 from yarl import URL
 
-from common.db.engine import Engine, Tx, constraint_name, in_transaction
+from common.db.engine import Tx, in_transaction
 from common.db.ledger import append_audit
-from common.db.rails import append_http_rail, delete_rail, list_rails, save_rail_status
+from common.db.rails import list_rails, save_rail_status
 from common.domain.addresses import parse_callback_url
-from common.domain.ids import new_id
-from common.sealing import RAIL_SECRET_PURPOSE, Keyring
 from ops.cli.connect import run_changing, run_connected, run_sealing
 from ops.cli.errors import Refused
 from ops.cli.options import actor_option, json_option, reason_option
 from ops.cli.output import show_record, show_records, show_secret
-
-_REFUSALS: Final = {
-    "rails_name_key": "there is a rail of that name already",
-    "rails_name_check": "a rail's name is 1 to 63 characters of a-z 0-9 and -, a letter first",
-    "rails_stay_while_named": "shops or unfinished payouts still name it",
-}
+from ops.onboarding import add_http_rail, remove_rail
 
 
 @click.group("rail")
@@ -68,33 +55,24 @@ def add_rail_command(
     as_json: bool,
 ) -> None:
     """Bring in the rail NAME, a bank that speaks our protocol, and show the secret that both sides sign with."""
-    rail_id, secret = new_id(), f"rk_{secrets.token_urlsafe(32)}"
+    secret = run_sealing(
+        lambda engine, keyring: add_http_rail(
+            engine,
+            keyring,
+            name=name,
+            base_url=base_url,
+            authoritative=authoritative,
+            lag_seconds=lag_seconds,
+            concurrency=concurrency,
+            actor=actor,
+        )
+    )
     terms = {
         "base_url": base_url,
         "authoritative": authoritative,
         "lag_seconds": lag_seconds,
         "concurrency": concurrency,
     }
-
-    async def work(engine: Engine, keyring: Keyring) -> None:
-        sealed = keyring.seal(secret.encode(), owner=rail_id, row=rail_id, purpose=RAIL_SECRET_PURPOSE, now=time.time())
-
-        async def add(tx: Tx) -> None:
-            await append_http_rail(
-                tx,
-                rail_id=rail_id,
-                name=name,
-                base_url=base_url,
-                secret_sealed=sealed,
-                authoritative=authoritative,
-                lag_seconds=lag_seconds,
-                concurrency=concurrency,
-            )
-            await append_audit(tx, actor=actor, action="rail.add", subject=name, detail=terms)
-
-        await _refusing(engine, add)
-
-    run_sealing(work)
     show_secret({"name": name, "kind": "http", **terms, "secret": secret}, as_json=as_json)
 
 
@@ -135,13 +113,7 @@ def _switch(name: str, status: str, reason: str, actor: str, as_json: bool) -> N
 @json_option
 def remove_rail_command(name: str, reason: str, actor: str, as_json: bool) -> None:
     """Forget NAME, which no shop and no unfinished payout names any more."""
-
-    async def work(tx: Tx) -> None:
-        if not await delete_rail(tx, name):
-            raise Refused(f"there is no rail {name}")
-        await append_audit(tx, actor=actor, action="rail.remove", subject=name, reason=reason)
-
-    run_changing(lambda engine: _refusing(engine, work))
+    run_changing(lambda engine: remove_rail(engine, name=name, reason=reason, actor=actor))
     show_record({"name": name, "removed": True}, as_json=as_json)
 
 
@@ -151,10 +123,3 @@ def list_rails_command(as_json: bool) -> None:
     """List rails, and how many unfinished payouts each has; never their secrets."""
     rows = run_connected(lambda engine: in_transaction(engine, list_rails))
     show_records("rails", (row._asdict() for row in rows), as_json=as_json)
-
-
-async def _refusing(engine: Engine, work: Callable[[Tx], Awaitable[None]]) -> None:
-    try:
-        await in_transaction(engine, work, attempts_max=1)
-    except IntegrityError as error:
-        raise Refused(_REFUSALS.get(constraint_name(error) or "", "the database refused it")) from error

@@ -60,6 +60,7 @@ class Bank:
     def app(self) -> web.Application:
         """The bank's side of the protocol; it tells its events as long as the application runs."""
         app = web.Application()
+        app.router.add_get("/readyz", _ready)
         app.router.add_post("/payouts", self._submit)
         app.router.add_get("/payouts/{reference}", self._look_up)
         app.cleanup_ctx.append(self._telling)
@@ -228,3 +229,7 @@ class Bank:
                     self._ledger.told(event.number, time.time())
                     return
         self._ledger.tell_again(event.number, time.time() + self._pace_seconds)
+
+
+async def _ready(_request: web.Request) -> web.Response:
+    return web.json_response({"status": "ready"})
