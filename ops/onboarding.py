@@ -1,6 +1,7 @@
 """Bringing merchants in: merchants, shops with their accounts, keys, money; and the rails that pay for them.
 
-Each change is one audited transaction.The command line and the local stack both stand on this; what it returns in the clear is shown once and kept nowhere.
+Each change is one audited transaction. The command line and the local stack both stand on this; what it returns in the clear
+is shown once and kept nowhere.
 """
 
 import base64
