@@ -21,7 +21,7 @@ from ops.broker import BrokerUnusable
 from ops.database import DatabaseUnusable
 from ops.ports import choose_port, find_obstacle, loopback_url
 from ops.processes import Process, ProcessFailed, Program, stop_all, stop_leftovers, wait_until_answers
-from ops.seed import CURRENCY, SHOP, seed
+from ops.seed import BANK_SHOP, CURRENCY, SHOP, seed, seed_bank
 from ops.servers import OwnServer, ServerFailed
 from ops.state import FOLDER, LOCAL_DEFAULTS, Demo, InUse, find_demo, find_or_make_keys, in_use, save_demo
 from ops.welcome import render_welcome
@@ -72,6 +72,7 @@ class Stack:
         self._folder = folder
         self._servers: list[OwnServer] = []
         self._processes: list[Process] = []
+        self._rail = self._rail_secret = ""
 
     async def run(self) -> None:
         """Run until cancelled; then stop what takes work in first, and the database last.
@@ -164,19 +165,28 @@ class Stack:
             shop_code=SHOP,
             currency=CURRENCY,
             receiver_url=loopback_url(choose_port(urlsplit(remembered.receiver_url).port if remembered else None)),
+            bank_url=loopback_url(choose_port(urlsplit(remembered.bank_url).port if remembered else None)),
             database_url=settings.database_url,
             amqp_url=",".join(settings.amqp_urls) or None,
         )
         save_demo(self._folder, demo)
-        say("demo shop", f"{SHOP} in {CURRENCY}; its key is in {self._folder / 'demo.json'}")
+        self._rail, self._rail_secret = await seed_bank(settings, demo.bank_url, demo.webhook_secret)
+        say("demo shops", f"{SHOP} and {BANK_SHOP} in {CURRENCY}; their key is in {self._folder / 'demo.json'}")
         return demo
 
     async def _start_processes(self, running: AsyncExitStack, environment: Mapping[str, str], demo: Demo) -> None:
         """Start all processes together and wait for all; they stop group by group, the last one first."""
         port = urlsplit(demo.receiver_url).port
         receiver = ("-m", "ops.receiver", "--port", str(port), "--folder", str(self._folder))
+        bank_port = urlsplit(demo.bank_url).port
+        bank = (
+            *("-m", "ops.simulator", "--port", str(bank_port), "--ledger", str(self._folder / "bank.sqlite")),
+            *("--events-url", f"{demo.base_url}/api/v1/rails/{self._rail}/events"),
+        )
+        environment = {**environment, "RAIL_SECRET": self._rail_secret}
         groups = (
             [Program("receiver", receiver, port)],
+            [Program("bank", bank, bank_port)],
             [Program(role, ("-m", "worker", role)) for role in _ROLES],
             [Program(name, ("-m", "gateway")) for name in _GATEWAYS],
         )

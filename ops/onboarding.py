@@ -59,7 +59,7 @@ _TAKEN: Final = {
     "shops_one_default_per_merchant": "the merchant has a default shop already",
     "rails_name_key": "there is a rail of that name already",
     "rails_name_check": "a rail's name is 1 to 63 characters of a-z 0-9 and -, a letter first",
-    "rails_stay_while_named": "shops or unfinished payouts still name the rail",
+    "rails_stay_while_named": "shops or unfinished payouts still name it",
 }
 
 
@@ -138,10 +138,14 @@ async def add_http_rail(
     authoritative: bool,
     lag_seconds: float = 0.0,
     concurrency: int | None = None,
+    secret: str | None = None,
     actor: str,
 ) -> str:
-    """A new rail, switched on. Returns the secret that both sides sign with. Raises: `OnboardingRefused`."""
-    rail_id, secret = new_id(), f"rk_{secrets.token_urlsafe(32)}"
+    """A new rail, switched on. Returns the secret that both sides sign with, a fresh one unless it is given.
+
+    Raises: `OnboardingRefused`.
+    """
+    rail_id, secret = new_id(), secret or f"rk_{secrets.token_urlsafe(32)}"
     sealed = keyring.seal(secret.encode(), owner=rail_id, row=rail_id, purpose=RAIL_SECRET_PURPOSE, now=time.time())
 
     async def work(tx: Tx) -> None:

@@ -46,6 +46,7 @@ _MARK: Final = "RABBITMQ_MNESIA_BASE"
 _EPMD: Final = "epmd"
 _PROTOCOL_HEADER: Final = b"AMQP\0\0\x09\x01"
 _METHOD_FRAME: Final = b"\x01"
+_PORT_TAKEN: Final = b"eaddrinuse"
 
 # Queues are as durable as anywhere. Small: a log of 512 MiB before the first compaction is not for one machine's work.
 _CONFIGURATION: Final = """\
@@ -103,10 +104,8 @@ class Node:
         self.kill()
         if not self._data.exists():
             self._make_data()
-        self._ports = self._ports or self._choose_ports()
-        self._write_configuration()
-        self._process = self._spawn()
-        self._wait_until_ready(self._process)
+        while not self._try_to_start(is_told=self._ports is not None):
+            self._ports = None
         if self._definitions:
             self.ctl("import_definitions", text=self._definitions)
         return self.url
@@ -263,6 +262,8 @@ class Node:
         """Those of the last start, unless somebody has taken one since; else free ones."""
         last = self._last_ports()
         ports = _Ports(*(choose_port(port) for port in (astuple(last) if last else [None] * 3)))
+        while len(set(astuple(ports))) < 3:
+            ports = _Ports(*(choose_port() for _ in range(3)))
         self._memory.write_text(" ".join(map(str, astuple(ports))))
         return ports
 
@@ -279,6 +280,22 @@ class Node:
     @property
     def _memory(self) -> Path:
         return self.home / "ports"
+
+    def _try_to_start(self, *, is_told: bool) -> bool:
+        """Start, and return whether it runs. Not: somebody was quicker to take one of the ports; unless they are told, try
+        others. Raises: `ServerFailed`.
+        """
+        self._ports = self._ports or self._choose_ports()
+        self._write_configuration()
+        said_before = self._log.stat().st_size if self._log.exists() else 0
+        self._process = self._spawn()
+        try:
+            self._wait_until_ready(self._process)
+        except ServerFailed:
+            if is_told or _PORT_TAKEN not in self._log.read_bytes()[said_before:]:
+                raise
+            return False
+        return True
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:

@@ -1,26 +1,30 @@
-"""The demo merchant: one shop with money, and a key. Made once, found again."""
+"""The demo merchant: a shop with money, another whose payouts a bank pays, and a key. Made once, found again."""
 
 import base64
 import os
 import time
 from dataclasses import dataclass, field
 from typing import Final
+from urllib.parse import urlsplit
 from uuid import UUID
 
 from common.db.engine import Engine, Tx, create_engine, in_transaction
 from common.db.ledger import append_adjustment, append_audit, lock_accounts
 from common.db.merchants import find_merchant_id, find_shop_by_codes, list_api_keys, save_webhook_secret
+from common.db.rails import has_rail
 from common.domain.signing import WEBHOOK_SECRET_PREFIX
 from common.sealing import KEY_BYTES, WEBHOOK_SECRET_PURPOSE, Keyring
 from common.settings import Settings
-from ops.onboarding import add_key, add_merchant, add_shop
+from ops.onboarding import add_http_rail, add_key, add_merchant, add_shop, change_rail, top_up
 from ops.state import Demo
 
 MERCHANT: Final = "demo"
 SHOP: Final = "demo-shop"
+BANK_SHOP: Final = "bank-shop"
 CURRENCY: Final = "BDT"
 FUNDS_MINOR: Final = 100_000_000
 _ACTOR: Final = "ops.local"
+_NOBODY: Final = UUID(int=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,40 @@ class Credentials:
     api_key: str
     api_secret: str = field(repr=False)
     webhook_secret: str = field(repr=False)
+
+
+async def seed_bank(settings: Settings, bank_url: str, webhook_secret: str) -> tuple[str, str]:
+    """See that there is a rail to the bank at that URL and a shop whose payouts go there; its callbacks are signed with
+    that secret, like the other shop's.
+
+    Returns: the rail's name, and the secret that both sides sign with. It follows from the keys of this stack, so nobody has
+    to remember it.
+    """
+    engine = create_engine(settings, role="payouts_ops", application="payouts-local")
+    rail = f"bank-{urlsplit(bank_url).port}"
+    secret = settings.keyring.digest("the demo's bank", owner=_NOBODY).hex()
+    try:
+        is_new = not await in_transaction(engine, lambda tx: has_rail(tx, rail))
+        if is_new:
+            await add_http_rail(
+                engine,
+                settings.keyring,
+                name=rail,
+                base_url=bank_url,
+                authoritative=True,
+                secret=secret,
+                actor=_ACTOR,
+            )
+        shop = await in_transaction(engine, lambda tx: find_shop_by_codes(tx, MERCHANT, BANK_SHOP))
+        if shop is None:
+            await _add_shop(engine, settings.keyring, BANK_SHOP, rail, is_default=False)
+            await top_up(engine, merchant=MERCHANT, shop=BANK_SHOP, amount="1000000.00", reason="funds", actor=_ACTOR)
+        elif is_new:
+            await change_rail(engine, merchant=MERCHANT, shop=BANK_SHOP, rail=rail, actor=_ACTOR)
+        await _save_webhook_secret(engine, settings.keyring, BANK_SHOP, webhook_secret)
+        return rail, secret
+    finally:
+        await engine.dispose()
 
 
 async def seed(settings: Settings, remembered: Demo | None) -> Credentials:
@@ -62,32 +100,44 @@ async def _see_to_shop(engine: Engine, keyring: Keyring, known: Demo | None) -> 
         await add_merchant(engine, code=MERCHANT, name="Demo", actor=_ACTOR)
     shop = await in_transaction(engine, lambda tx: find_shop_by_codes(tx, MERCHANT, SHOP))
     if shop is None:
-        return await add_shop(
-            engine,
-            keyring,
-            merchant=MERCHANT,
-            code=SHOP,
-            currency=CURRENCY,
-            rail="sandbox",
-            is_default=True,
-            webhook_url=None,
-            payment_data_schema=None,
-            actor=_ACTOR,
-        )
-    return await _renew_webhook_secret(engine, keyring, shop.id) if known is None else known.webhook_secret
+        return await _add_shop(engine, keyring, SHOP, "sandbox", is_default=True)
+    return await _renew_webhook_secret(engine, keyring) if known is None else known.webhook_secret
 
 
-async def _renew_webhook_secret(engine: Engine, keyring: Keyring, shop_id: UUID) -> str:
+async def _add_shop(engine: Engine, keyring: Keyring, code: str, rail: str, *, is_default: bool) -> str:
+    return await add_shop(
+        engine,
+        keyring,
+        merchant=MERCHANT,
+        code=code,
+        currency=CURRENCY,
+        rail=rail,
+        is_default=is_default,
+        webhook_url=None,
+        payment_data_schema=None,
+        actor=_ACTOR,
+    )
+
+
+async def _renew_webhook_secret(engine: Engine, keyring: Keyring) -> str:
     """Give the shop another webhook secret: nobody remembers the one it has."""
     secret = WEBHOOK_SECRET_PREFIX + base64.b64encode(os.urandom(KEY_BYTES)).decode()
-    sealed = keyring.seal(secret.encode(), owner=shop_id, row=shop_id, purpose=WEBHOOK_SECRET_PURPOSE, now=time.time())
+    await _save_webhook_secret(engine, keyring, SHOP, secret)
+    return secret
 
+
+async def _save_webhook_secret(engine: Engine, keyring: Keyring, code: str, secret: str) -> None:
     async def work(tx: Tx) -> None:
-        await save_webhook_secret(tx, shop_id, sealed)
-        await append_audit(tx, actor=_ACTOR, action="shop.renew_webhook_secret", subject=f"{MERCHANT}/{SHOP}")
+        shop = await find_shop_by_codes(tx, MERCHANT, code)
+        if shop is None:
+            raise LookupError(code)
+        sealed = keyring.seal(
+            secret.encode(), owner=shop.id, row=shop.id, purpose=WEBHOOK_SECRET_PURPOSE, now=time.time()
+        )
+        await save_webhook_secret(tx, shop.id, sealed)
+        await append_audit(tx, actor=_ACTOR, action="shop.renew_webhook_secret", subject=f"{MERCHANT}/{code}")
 
     await in_transaction(engine, work)
-    return secret
 
 
 async def _fund(tx: Tx) -> None:

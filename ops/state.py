@@ -39,6 +39,7 @@ class Demo:
     shop_code: str
     currency: str
     receiver_url: str
+    bank_url: str = ""
     database_url: str = field(repr=False)
     amqp_url: str | None = field(repr=False)
 

@@ -22,6 +22,7 @@ A payout to paste into another terminal; it answers 201, and 200 when repeated:
 {curl}
 What to do next:
   make demo                 1,000 payouts, end to end, and a table of how they fared
+  "shop_code":"bank-shop"   in a payout, and a simulated bank pays it over HTTP instead of the sandbox
   cat .local/demo.json      the demo merchant's key and secrets, for your own programs
   tail -f .local/logs/*     what every process says
   make reset                forget everything

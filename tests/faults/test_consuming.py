@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
@@ -25,9 +26,6 @@ from tests.faults.proxy import proxy as database_proxy
 from tests.faults.scene import LAG_SECONDS_MAX, SHORT_LEASES, Parked, Scene, control, declare_all
 from tests.stack import eventually
 from tests.terminal import Terminal
-
-# A recipient whose bank pays and never answers: the call lasts until the rail's time-out.
-SILENT = "01712340201"
 
 
 @pytest.fixture
@@ -390,11 +388,13 @@ async def test_starts_over_when_the_broker_loses_patience(stage: Scene, proxy: A
 async def test_others_finish_what_a_killed_worker_had_not_acknowledged(stage: Scene) -> None:
     """Fault: kill -9 of a worker that holds a full prefetch of messages; two others are there."""
     gateway = await stage.start("gateway")
-    doomed = await stage.start("worker", "settle", PAYOUTS_SETTLE_CONCURRENCY="1", PAYOUTS_RAIL_TIMEOUT_SECONDS="1")
+    doomed = await stage.start("worker", "settle")
     await stage.start("worker", "callbacks")
     await stage.wait_connected(gateway, doomed)
     await stage.create(1)
-    await stage.create(3 * PREFETCH, card_number=SILENT)
+    # What is delivered to a process that sleeps stays unacknowledged.
+    doomed.send(signal.SIGSTOP)
+    await stage.create(3 * PREFETCH)
 
     async def full() -> bool:
         return await unacknowledged(stage) == PREFETCH

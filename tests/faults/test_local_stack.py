@@ -23,7 +23,7 @@ from ops.state import Demo, find_demo
 from ops.welcome import render_curl
 
 LINE_SECONDS: Final = 60
-PARTS: Final = {"receiver", "settle", "callbacks", "sweep", "gateway-1", "gateway-2"}
+PARTS: Final = {"receiver", "bank", "settle", "callbacks", "sweep", "gateway-1", "gateway-2"}
 BRING_UP: Final = "import sys, pathlib; from ops.local import bring_up; bring_up(pathlib.Path(sys.argv[1]))"
 
 
@@ -130,7 +130,7 @@ async def test_payouts_go_all_the_way_and_the_end_is_in_order(terminal: Terminal
     assert (terminal.folder / "demo.json").stat().st_mode & 0o777 == 0o600
     assert await terminal.end(signal.SIGINT) == 0
     stopped = [line.split()[0] for line in terminal.lines if line.endswith("stopped")]
-    assert stopped == ["gateway-1", "gateway-2", "settle", "callbacks", "sweep", "receiver", *servers]
+    assert stopped == ["gateway-1", "gateway-2", "settle", "callbacks", "sweep", "bank", "receiver", *servers]
     assert not any(process.is_running() for process in processes.values())
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import stat
 from contextlib import suppress
 from functools import partial
@@ -12,8 +13,10 @@ import aio_pika
 import psutil
 import pytest
 from aiormq.exceptions import ChannelNotFoundEntity
+from yarl import URL
 
 from common.messaging.topology import Topology, Work, declare
+from ops.ports import LOOPBACK, choose_port
 from ops.rabbitmq import Node, find_server
 from tests.broker import MakeBroker
 from tests.stack import eventually
@@ -114,3 +117,16 @@ async def test_is_on_loopback_alone_and_opens_its_secrets_to_nobody(make_broker:
     assert node.url.partition("@")[0].split(":")[2] not in "".join(
         " ".join(process.cmdline()) for process in processes_of(node)
     )
+
+
+async def test_a_new_node_takes_another_port_when_somebody_was_quicker(
+    make_broker: MakeBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server((LOOPBACK, 0)) as quicker:
+        taken = quicker.getsockname()[1]
+        chosen = iter([taken])
+        monkeypatch.setattr("ops.rabbitmq.choose_port", lambda wanted=None: next(chosen, None) or choose_port(wanted))
+        node = await make_broker()
+        assert URL(node.url).port != taken
+        await put(node.url)
+        assert await has_one(node.url)
