@@ -40,6 +40,7 @@ class LogEvent(StrEnum):
     MESSAGE_CLAIMED = "message.claimed"
     TOPOLOGY_UNREPAIRED = "topology.unrepaired"
     ROUND_FAILED = "round.failed"
+    INVARIANT_BROKEN = "invariant.broken"
 
 
 # A second line of defence: whatever is logged under such a key is dropped.

@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 import asyncpg
 from sqlalchemy.engine import make_url
 
+from common.db.checks import begin_checks, check_step
 from common.db.due import Claim
 from common.db.engine import Engine, Tx, create_engine, in_transaction
 from common.db.invariants import verify
@@ -199,6 +200,16 @@ async def let_pass(owner: Engine) -> None:
 async def broken_rules(owner: Engine) -> dict[str, tuple[str, ...]]:
     """The rules of the ledger that do not hold, and the first offenders of each."""
     return {finding.rule.name: finding.offenders for finding in await verify(owner) if finding.count}
+
+
+async def pass_over(worker: Engine, *, rows_max: int) -> dict[str, set[str]]:
+    """The same, found in steps: one pass over everything, unless others take part in it."""
+    await in_transaction(worker, begin_checks)
+    found: dict[str, set[str]] = {}
+    while step := await in_transaction(worker, lambda tx: check_step(tx, rows_max=rows_max)):
+        for broken in step.broken:
+            found.setdefault(broken.rule.name, set()).update(broken.offenders)
+    return found
 
 
 async def assert_sound(owner: Engine) -> None:

@@ -19,6 +19,7 @@ from common.process import end_tasks, stop_requested
 from common.settings import Settings
 from worker.callbacks.deliver import Deliverer
 from worker.callbacks.send import open_session
+from worker.checking import STEP_INTERVAL_SECONDS, Checker
 from worker.rails.http import open_rail_session
 from worker.rails.registry import Registry
 from worker.scanning import REST_SECONDS
@@ -28,6 +29,8 @@ from worker.sweep import INTERVAL_SECONDS, Sweeper
 ROLES: Final = ("settle", "callbacks", "sweep")
 
 _FAILED_ROUND_SECONDS: Final = 1.0
+# Of what looks at the whole, whether there is work or not.
+_INTERVALS_SECONDS: Final = {"sweep": INTERVAL_SECONDS, "check": STEP_INTERVAL_SECONDS}
 
 
 class Role(Protocol):
@@ -91,6 +94,7 @@ class Worker:
             )
         if "sweep" in roles:
             self.roles["sweep"] = Sweeper(engine, tell=self._tell)
+            self.roles["check"] = Checker(engine)
 
     def links(self) -> list[Link]:
         """The connections to RabbitMQ that the roles need; none without `AMQP_URL`. Publishing has one of its own."""
@@ -102,8 +106,8 @@ class Worker:
 
     def pause_seconds(self, role: str) -> float:
         """How long a role rests when there was nothing to do."""
-        if role == "sweep":
-            return INTERVAL_SECONDS
+        if role in _INTERVALS_SECONDS:
+            return _INTERVALS_SECONDS[role]
         work = Work.SETTLE if role == "settle" else Work.CALLBACK
         return REST_SECONDS if self._arrive(work) else self._settings.scan_interval_seconds
 

@@ -273,6 +273,19 @@ callback_due = Table(
     _optional("lease_token", Uuid()),
 )
 
+checks = Table(
+    "checks",
+    metadata,
+    _required("walk", Text()),
+    _optional("behind", ARRAY(Text())),
+    _required("began_at", _TIME),
+    _required("rows_seen", BigInteger()),
+    _required("found", JSONB()),
+    _required("found_before", JSONB()),
+    _optional("finished_at", _TIME),
+    _required("due_at", _TIME),
+)
+
 callback_attempts = Table(
     "callback_attempts",
     metadata,

@@ -18,6 +18,7 @@ from sqlalchemy import event, text
 
 from common.db.ages import find_ages
 from common.db.callbacks import claim_callbacks, lock_callback_due
+from common.db.checks import begin_checks, check_step
 from common.db.due import (
     FIRST_TO_EXPIRE,
     Claim,
@@ -31,6 +32,7 @@ from common.db.due import (
     lock_due,
 )
 from common.db.engine import Engine, Tx
+from common.db.invariants import ACCOUNTS, RULES, WALKS, Walk
 from common.db.ledger import find_balance
 from common.db.payouts import find_by_external_ids, find_moves, find_payout, lock_payouts
 from common.db.rail_events import find_rail_events_due, lock_rail_events
@@ -285,6 +287,42 @@ async def test_claiming_and_recording_callbacks_scans_nothing(crowd: Crowd, stat
         attempt = Attempt(status, None if status == 200 else "http_5xx", b"", "127.0.0.1", 1, 0.0)
         await record_attempts(tx, [Delivered(item, token, attempt, 0.0, 0.0) for item in claimed], now=0.0)
         assert await _scanned(tx) == {}
+
+
+async def _rows_read(tx: Tx) -> dict[str, int]:
+    """How many rows this transaction has read of each watched table."""
+    reads = await tx.execute(
+        text(
+            "SELECT relname, coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0) AS n FROM pg_stat_xact_user_tables"
+            " WHERE relname = ANY (CAST(:tables AS text[]))"
+        ),
+        {"tables": list(WATCHED)},
+    )
+    return {row.relname: row.n for row in reads}
+
+
+@pytest.mark.parametrize("walk", WALKS, ids=[walk.table for walk in WALKS])
+async def test_a_step_of_the_checker_reads_its_page_and_what_the_page_leads_to(crowd: Crowd, walk: Walk) -> None:
+    """Each rule a few times the page, whatever the table holds; of an account, all that is unfinished."""
+    steps, page = 2, 1 if walk is ACCOUNTS else 200
+    rules = sum(rule.walk is walk for rule in RULES)
+    rows_max = steps * (rules + 1) * 2 * (PAYOUTS // SHOPS if walk is ACCOUNTS else page)
+    async with desk(crowd.url) as working:
+        for _ in range(steps):
+            async with working.worker.connect() as tx:
+                await begin_checks(tx)
+                await tx.execute(
+                    text("UPDATE checks SET due_at = 'infinity' WHERE walk <> :walk"), {"walk": walk.table}
+                )
+                step = await check_step(tx, rows_max=page)
+                assert step is not None
+                assert (step.table, step.rows) == (walk.table, page)
+                assert await _scanned(tx) == {}
+                read = await _rows_read(tx)
+                assert read
+                assert max(read.values()) <= rows_max, read
+                await tx.execute(text("UPDATE checks SET due_at = now()"))
+                await tx.commit()
 
 
 async def test_a_change_of_state_touches_no_index(crowd: Crowd) -> None:
