@@ -66,7 +66,11 @@ async def carry_out(
     events = list(_events(moves))
     await append_events(tx, events)
     await delete_due(tx, [move.payout.id for move in moves if move.state.is_final])
-    await reschedule_due(tx, {payout.id: c.delay_seconds for payout, c in concluded if c.delay_seconds is not None})
+    await reschedule_due(
+        tx,
+        {payout.id: c.delay_seconds for payout, c in concluded if c.delay_seconds is not None},
+        verifying=[payout.id for payout, c in concluded if (c.state or payout.state) is State.VERIFYING],
+    )
     return events
 
 

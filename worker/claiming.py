@@ -100,7 +100,8 @@ async def claim_calls(
         [NewAttempt(c.payout.id, c.payout.shop_id, c.attempt_no, c.action, claim.rail, c.reference) for c in calls],
     )
     abandoned = [move.payout.id for move in moves if move.state is State.VERIFYING]
-    await reschedule_due(tx, dict.fromkeys(abandoned, max(patience.look_up_delay(0), lag_seconds)))
+    until_look_up = max(patience.look_up_delay(0), lag_seconds)
+    await reschedule_due(tx, dict.fromkeys(abandoned, until_look_up), verifying=abandoned)
     # The sweep ends them; it comes by sooner.
     await reschedule_due(tx, dict.fromkeys(expired, _EXPIRED_SECONDS))
     for payout_id in abandoned:

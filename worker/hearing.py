@@ -16,6 +16,7 @@ from common.db.engine import Engine, Tx, constraint_name, in_transaction
 from common.db.ledger import lock_accounts
 from common.db.payouts import LockedPayout, lock_payouts
 from common.db.rail_events import (
+    OPERATORS,
     EventKey,
     NewDiscrepancy,
     RailEvent,
@@ -223,6 +224,9 @@ def _judge(
     ):
         named = f"{event.amount_minor or ''} {event.currency or ''}".strip()
         return _discrepancy(payout, event, "amount", named)
+    if event.rail == OPERATORS and not payout.state.is_final and payout.state is not State.VERIFYING:
+        # The rail has said something since they looked.
+        return _discrepancy(payout, event, "status")
     if payout.state is State.SUCCESS and outcome is Outcome.RETURNED:
         return _Step(Conclusion(State.REFUNDED, None, "returned_by_bank"), outcome)
     if contradicts(payout.state, outcome, was_declined=was_declined):

@@ -1,4 +1,6 @@
-"""The sweep: looks at the whole once in a while, ends payouts whose time is over, and publishes how old the oldest work is."""
+"""The sweep: looks at the whole once in a while, ends payouts whose time is over, and publishes how old the oldest work is
+and how much waits for people.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ from common.db.ages import find_ages
 from common.db.callbacks import ids_to_tell
 from common.db.due import FIRST_TO_EXPIRE, Expiring
 from common.db.engine import Engine, in_transaction
+from common.db.resolutions import count_doubts
 
 INTERVAL_SECONDS: Final = 5.0
 _EXPIRED_MAX: Final = 128
@@ -25,9 +28,15 @@ OLDEST_CALLBACK: Final = Gauge(
     "payouts_oldest_due_callback_age_seconds",
     "How long the oldest due callback has been waiting to be taken by a worker",
 )
+VERIFYING: Final = Gauge("payouts_verifying", "Payouts whose fate is not known; their money stays held")
+OLDEST_VERIFYING: Final = Gauge(
+    "payouts_oldest_verifying_age_seconds", "How long the oldest of these has been verifying"
+)
+OPEN_DISCREPANCIES: Final = Gauge("payouts_open_discrepancies", "Words of rails against what we know, for people")
+OPEN_RESOLUTIONS: Final = Gauge("payouts_open_resolutions", "What one operator said and another has not confirmed")
 # Until a sweep has looked, and in processes that never do, nothing is known.
-OLDEST_PAYOUT.set(math.nan)
-OLDEST_CALLBACK.set(math.nan)
+for gauge in (OLDEST_PAYOUT, OLDEST_CALLBACK, VERIFYING, OLDEST_VERIFYING, OPEN_DISCREPANCIES, OPEN_RESOLUTIONS):
+    gauge.set(math.nan)
 
 
 class Sweeper:
@@ -46,6 +55,11 @@ class Sweeper:
         ages = await in_transaction(self._engine, find_ages)
         OLDEST_PAYOUT.set(ages.payout_seconds)
         OLDEST_CALLBACK.set(ages.callback_seconds)
+        doubts = await in_transaction(self._engine, count_doubts)
+        VERIFYING.set(doubts.verifying)
+        OLDEST_VERIFYING.set(doubts.verifying_seconds)
+        OPEN_DISCREPANCIES.set(doubts.discrepancies)
+        OPEN_RESOLUTIONS.set(doubts.resolutions)
         return False
 
     def leave(self) -> None:

@@ -134,7 +134,10 @@ _DELETE_DUE = text("DELETE FROM payout_due WHERE payout_id = ANY (CAST(:ids AS u
 
 _RESCHEDULE_DUE = text(
     """
-    UPDATE payout_due d SET lease_token = NULL, due_at = now() + make_interval(secs => r.delay_seconds)
+    UPDATE payout_due d
+       SET lease_token = NULL, due_at = now() + make_interval(secs => r.delay_seconds),
+           verifying_since = CASE WHEN d.payout_id = ANY (CAST(:verifying AS uuid[]))
+                                  THEN coalesce(d.verifying_since, now()) END
       FROM unnest(CAST(:ids AS uuid[]), CAST(:delays AS float8[])) AS r (payout_id, delay_seconds)
      WHERE d.payout_id = r.payout_id
     """
@@ -395,7 +398,10 @@ async def delete_due(tx: Tx, payout_ids: Collection[UUID]) -> None:
         await tx.execute(_DELETE_DUE, {"ids": list(payout_ids)})
 
 
-async def reschedule_due(tx: Tx, delays_seconds: Mapping[UUID, float]) -> None:
-    """Give payouts back, to be due again after that many seconds."""
+async def reschedule_due(
+    tx: Tx, delays_seconds: Mapping[UUID, float], *, verifying: Collection[UUID] = frozenset()
+) -> None:
+    """Give payouts back, to be due again after that many seconds; those that are verifying wait for people as well."""
     if delays_seconds:
-        await tx.execute(_RESCHEDULE_DUE, {"ids": list(delays_seconds), "delays": list(delays_seconds.values())})
+        values = {"ids": list(delays_seconds), "delays": list(delays_seconds.values()), "verifying": list(verifying)}
+        await tx.execute(_RESCHEDULE_DUE, values)

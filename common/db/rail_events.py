@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import Row, select, text, update
@@ -29,6 +29,9 @@ class NewRailEvent:
     currency: str | None = None
     due_in_seconds: float = 0.0
 
+
+# Under this name two operators say together what no rail tells.
+OPERATORS: Final = "operators"
 
 # A rail and its own id of an event.
 EventKey = tuple[str, str]
@@ -83,7 +86,7 @@ _LOCK = text(
            a.payout_id
       FROM unnest(CAST(:rail AS text[]), CAST(:event_id AS text[])) AS w (rail, event_id)
       JOIN rail_events e ON e.rail = w.rail AND e.event_id = w.event_id
-      LEFT JOIN payout_attempts a ON a.reference = e.reference AND a.attempt_no = 1 AND a.rail = e.rail
+      LEFT JOIN payout_attempts a ON a.reference = e.reference AND a.attempt_no = 1 AND e.rail IN (a.rail, 'operators')
      WHERE e.applied_at IS NULL
      ORDER BY e.due_at, e.event_id FOR UPDATE OF e SKIP LOCKED
     """

@@ -172,6 +172,7 @@ payout_due = Table(
     _required("due_at", _TIME),
     _optional("lease_token", Uuid()),
     _optional("expires_at", _TIME),
+    _optional("verifying_since", _TIME),
 )
 
 rails = Table(
@@ -221,6 +222,21 @@ discrepancies = Table(
     _required("opened_at", _TIME),
     _optional("closed_at", _TIME),
     _optional("audit_id", BigInteger()),
+)
+
+resolutions = Table(
+    "resolutions",
+    metadata,
+    _required("id", Uuid()),
+    _required("payout_id", Uuid()),
+    _required("shop_id", Uuid()),
+    _required("reference", Text()),
+    _required("outcome", Text()),
+    _required("opened_at", _TIME),
+    _required("opened_by", BigInteger()),
+    _optional("closed_at", _TIME),
+    _optional("closed_by", BigInteger()),
+    _optional("is_confirmed", Boolean()),
 )
 
 payout_attempts = Table(

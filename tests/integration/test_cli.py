@@ -119,6 +119,7 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "key add",
         "key revoke",
         "balance topup",
+        "payout resolve",
         "callbacks resend",
         "discrepancies close",
         "parked replay",

@@ -606,7 +606,66 @@ async def test_the_cases_begin_where_the_right_thing_passes(world: World) -> Non
     assert await _refusal(world, WORKER, looked_up, again % "queued", again % "sending", sent_again) is None
 
 
+_RESOLUTION = (
+    "INSERT INTO audit (actor, action, subject, reason, detail) VALUES ('alice', 'payout.resolve', 'p', 'a letter',"
+    ' \'{{"resolution_id": "{fresh}", "outcome": "declined"}}\')',
+    "INSERT INTO resolutions (id, payout_id, shop_id, reference, outcome, opened_by)"
+    " SELECT '{fresh}', t.payout_id, t.shop_id, t.reference, 'declined', (SELECT max(id) FROM audit)"
+    " FROM payout_attempts t WHERE t.payout_id = '{verifying}' AND t.attempt_no = 1",
+)
+
+
+def _confirmed_by(actor: str, action: str = "payout.confirm") -> tuple[str, str]:
+    return (
+        f"INSERT INTO audit (actor, action, subject, reason, detail) VALUES ('{actor}', '{action}', 'p', 'a letter',"
+        ' \'{{"resolution_id": "{fresh}", "outcome": "declined"}}\')',
+        "UPDATE resolutions SET closed_at = now(), closed_by = (SELECT max(id) FROM audit), is_confirmed = true",
+    )
+
+
+def _said_by_operators(outcome: str = "declined") -> str:
+    return (
+        "INSERT INTO rail_events (rail, event_id, reference, outcome)"
+        f" SELECT 'operators', '{{fresh}}', reference, '{outcome}' FROM payout_attempts WHERE payout_id = '{{verifying}}'"
+    )
+
+
+async def test_two_operators_may_say_how_a_payout_ended(world: World) -> None:
+    """The unbent statements of the cases below."""
+    assert await _refusal(world, OPS, *_RESOLUTION, *_confirmed_by("bob"), _said_by_operators()) is None
+    told = _word("{verifying}", "declined"), _end("{verifying}", "failed", "release", failure="'provider_declined'")
+    assert await _refusal(world, WORKER, *told) is None
+
+
 CASES += [
+    ("a resolution of a payout that is not in doubt", OPS, "resolutions_open_whole", (
+        _RESOLUTION[0], _RESOLUTION[1].replace("{verifying}", "{submitted}"))),
+    ("a resolution without an audit row of its own", OPS, "resolutions_open_whole", (
+        _RESOLUTION[1].replace("(SELECT max(id) FROM audit)", "{foreign_audit}"),)),
+    ("a resolution that says something else than its audit row", OPS, "resolutions_open_whole", (
+        _RESOLUTION[0], _RESOLUTION[1].replace("'declined'", "'paid'"))),
+    ("a second resolution beside an open one", OPS, "resolutions_one_open_per_payout", (
+        *_RESOLUTION, *(part.replace("{fresh}", "{shop}") for part in _RESOLUTION))),
+    ("one operator confirms alone", OPS, "resolutions_need_two", (*_RESOLUTION, *_confirmed_by("Alice"))),
+    ("a resolution is confirmed by a withdrawal", OPS, "resolutions_need_two", (
+        *_RESOLUTION, *_confirmed_by("bob", "payout.withdraw"))),
+    ("a resolution is closed and not said how", OPS, "resolutions_closed_by_somebody", (
+        *_RESOLUTION, _confirmed_by("bob", "payout.withdraw")[0],
+        "UPDATE resolutions SET closed_at = now(), closed_by = (SELECT max(id) FROM audit), is_confirmed = NULL")),
+    ("a confirmed resolution changes", OPS, "resolutions_stay", (
+        *_RESOLUTION, *_confirmed_by("bob"), *_confirmed_by("carol"))),
+    ("a resolution is forgotten", OWNER, "resolutions_no_delete", (
+        *_RESOLUTION, "DELETE FROM resolutions")),
+    ("operators say what nobody confirmed", OPS, "rail_events_of_operators", (*_RESOLUTION, _said_by_operators())),
+    ("operators say something else than was confirmed", OPS, "rail_events_of_operators", (
+        *_RESOLUTION, *_confirmed_by("bob"), _said_by_operators("paid"))),
+    *(
+        (f"{role} speaks for operators", role, "rail_events_of_operators", (_said_by_operators(),))
+        for role in (GATEWAY, WORKER)
+    ),
+    *((f"{role} resolves", role, NOT_ALLOWED, (_RESOLUTION[1],)) for role in (GATEWAY, WORKER, READONLY)),
+    ("a rail takes the operators' name", OPS, "rails_name_is_no_ones", (
+        "INSERT INTO rails (id, name, kind) VALUES ('{fresh}', 'operators', 'sandbox')",)),
     ("a reference of another payout", WORKER, "payout_attempts_reference_of_one_payout", (
         "UPDATE payouts SET state = 'sending', version = 2 WHERE id = '{queued}'",
         "INSERT INTO payout_attempts (payout_id, shop_id, attempt_no, action, rail, reference)"
