@@ -5,7 +5,7 @@
     │   ├── Unauthenticated           ApiKeyRequired · TimestampRequired · SignatureRequired · InvalidTimestampFormat ·
     │   │                             TimestampWindowExceeded · InvalidApiKey · InvalidSignature
     │   ├── AccessDenied
-    │   ├── NotFound                  PayoutNotFound · RouteNotFound
+    │   ├── NotFound                  PayoutNotFound · PayinNotFound · RouteNotFound
     │   ├── InvalidRequest
     │   ├── RuleBroken                ShopNotFound · DefaultShopMissing · ShopCurrencyMismatch · ExternalIdReused ·
     │   │                             InsufficientBalance · NotCancelable · EventIdReused
@@ -81,6 +81,10 @@ class NotFound(Rejected):
 
 class PayoutNotFound(NotFound):
     reason, message = "payout_not_found", "Payout not found"
+
+
+class PayinNotFound(NotFound):
+    reason, message = "payin_not_found", "PayIn not found"
 
 
 class RouteNotFound(NotFound):

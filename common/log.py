@@ -23,6 +23,7 @@ class LogEvent(StrEnum):
     PAYOUT_LEASE_LOST = "payout.lease_lost"
     PAYOUT_CONTRADICTED = "payout.contradicted"
     PAYOUT_EXPIRY_REFUSED = "payout.expiry_refused"
+    PAYIN_ASKED = "payin.asked"
     RAIL_CRASHED = "rail.crashed"
     RAIL_BREAKER_CLOSED = "rail.breaker_closed"
     RAIL_BREAKER_OPENED = "rail.breaker_opened"

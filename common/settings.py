@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from yarl import URL
 
-from common.domain.schedule import LOOK_UP_DELAYS, SUBMIT_DELAYS, Patience
+from common.domain.schedule import LOOK_UP_DELAYS, PAYIN_LOOK_UP_DELAYS, SUBMIT_DELAYS, Patience
 from common.sealing import KEY_BYTES, Keyring
 
 _PREFIX: Final = "PAYOUTS_"
@@ -294,6 +294,15 @@ class Settings:
         _delays,
         ",".join(map(str, LOOK_UP_DELAYS)),
         "between questions what became of a payout; the last one repeats for ever",
+    )
+    payin_look_up_delays_seconds: tuple[float, ...] = _setting(
+        "PAYOUTS_PAYIN_LOOK_UP_DELAYS_SECONDS",
+        _delays,
+        ",".join(map(str, PAYIN_LOOK_UP_DELAYS)),
+        "between questions whether a payin was paid; the last one repeats until its end",
+    )
+    payin_concurrency: int = _setting(
+        "PAYOUTS_PAYIN_CONCURRENCY", _integer(1, 10_000), "32", "questions about payins in flight per rail and process"
     )
     rail_breaker_failures: int = _setting(
         "PAYOUTS_RAIL_BREAKER_FAILURES",

@@ -41,6 +41,7 @@ from gateway.balance import show_balance
 from gateway.cancel import Canceler
 from gateway.errors import REQUEST_ID, SERVER, render_error
 from gateway.keys import ACCEPTOR, AUTHENTICATOR, CANCELER, ENGINE, KEYRING, RAIL_SECRETS, READINESS, SETTINGS
+from gateway.payins import create_payin, show_payin
 from gateway.payouts import cancel_payout, create_payout, list_payout_events, show_payout
 from gateway.rails import receive_event
 
@@ -66,6 +67,8 @@ ENDPOINTS: Final = (
     Endpoint("GET", "/payouts/{external_id}", "payouts:read", True, show_payout),
     Endpoint("POST", "/payouts/{external_id}/cancel", "payouts:write", False, cancel_payout),
     Endpoint("GET", "/payouts/{external_id}/events", "payouts:read", False, list_payout_events),
+    Endpoint("POST", "/payins", "payins:write", True, create_payin),
+    Endpoint("GET", "/payins/{external_id}", "payins:read", True, show_payin),
     Endpoint("GET", "/balance", "balance:read", True, show_balance),
 )
 

@@ -1,27 +1,25 @@
 """`POST /payouts`, and one payout: looked up, canceled, its history."""
 
-import json
 import re
 import time
 from typing import Final
 
 from aiohttp import web
-from jsonschema import Draft202012Validator
 
 from common.db.engine import READ_ATTEMPTS_MAX, Tx, in_transaction
 from common.db.merchants import Shop
 from common.db.payouts import PastMove, Payout, find_moves, find_payout
 from common.domain.ids import new_id
-from common.domain.money import parse_amount
 from common.domain.payout import mask_recipient
-from common.errors import FieldError, InvalidRequest, PayoutNotFound, ShopCurrencyMismatch
+from common.errors import PayoutNotFound
 from common.recipients import Recipient, seal_recipient
 from common.sealing import Keyring
 from gateway.accept import Order
 from gateway.auth import Caller
 from gateway.errors import json_response
 from gateway.keys import ACCEPTOR, AUTHENTICATOR, CANCELER, ENGINE, KEYRING, SETTINGS
-from gateway.schemas import AMOUNT_INVALID, CreatePayout, parse_create_payout, read_query, render_history, render_payout
+from gateway.schemas import CreatePayout, parse_create_payout, read_query, render_history, render_payout
+from gateway.terms import digest_payment_data, judge_terms
 
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 
@@ -94,14 +92,9 @@ def place_order(
 ) -> Order:
     """Judge what only the shop can tell, and seal the recipient. `now` is Unix seconds.
 
-    Raises: `ShopCurrencyMismatch`, `InvalidRequest` for the amount's scale and for payment data against the shop's schema.
+    Raises: as `judge_terms`.
     """
-    if create.currency != shop.currency:
-        raise ShopCurrencyMismatch(shop.currency)
-    amount_minor = parse_amount(create.amount, shop.currency_exponent)
-    errors = [*([AMOUNT_INVALID] if amount_minor is None else []), *_payment_data_errors(create, shop)]
-    if amount_minor is None or errors:
-        raise InvalidRequest(*errors)
+    amount_minor = judge_terms(shop, create.amount, create.currency, create.payment_data)
     payout_id = new_id()
     recipient = Recipient(create.recipient, create.payment_data)
     return Order(
@@ -112,11 +105,7 @@ def place_order(
         recipient_sealed=seal_recipient(keyring, recipient, shop_id=shop.id, payout_id=payout_id, now=now),
         recipient_masked=mask_recipient(create.recipient),
         recipient_digest=keyring.digest(f"recipient|{create.recipient}", owner=shop.id),
-        payment_data_digest=None
-        if create.payment_data is None
-        else keyring.digest(
-            "payment data|" + json.dumps(create.payment_data, sort_keys=True, separators=(",", ":")), owner=shop.id
-        ),
+        payment_data_digest=digest_payment_data(keyring, shop, create.payment_data),
         callback_url=create.callback_url,
         details=create.details or None,
         expires_at=create.expires_at,
@@ -128,12 +117,3 @@ def _traceparent(request: web.Request) -> str | None:
     """The trace context of a request, when it has one. Source: W3C Trace Context, section 3.2."""
     sent = request.headers.get("traceparent", "")
     return sent if _TRACEPARENT.fullmatch(sent) else None
-
-
-def _payment_data_errors(create: CreatePayout, shop: Shop) -> list[FieldError]:
-    """The fields that break the shop's schema, by name; the validator's own words would repeat their values."""
-    if shop.payment_data_schema is None:
-        return []
-    broken = Draft202012Validator(shop.payment_data_schema).iter_errors(create.payment_data or {})
-    paths = {".".join(("paymentData", *map(str, error.absolute_path))) for error in broken}
-    return [FieldError(path, "Invalid paymentData") for path in sorted(paths)]

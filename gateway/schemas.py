@@ -1,4 +1,6 @@
-"""Bytes in, values out, and back: the strict JSON of requests, the fields of a create, the JSON of a payout."""
+"""Bytes in, values out, and back: the strict JSON of requests, the fields of a create, the JSON of a payout and of
+a payin.
+"""
 
 import json
 import math
@@ -11,10 +13,12 @@ from typing import Any, Final, NoReturn
 from aiohttp import web
 
 from common.db.merchants import Shop
+from common.db.payins import Payin
 from common.db.payouts import PastMove, Payout
 from common.domain.addresses import parse_callback_url
-from common.domain.ids import PAYOUT, render_id
+from common.domain.ids import PAYIN, PAYOUT, render_id
 from common.domain.money import CURRENCY_EXPONENTS, parse_amount, render_amount
+from common.domain.payin import render_payin_failure
 from common.domain.payout import State, render_failure
 from common.domain.times import parse_time, render_time
 from common.errors import FieldError, InvalidRequest
@@ -43,6 +47,20 @@ class CreatePayout:
     amount: str
     currency: str
     recipient: str
+    callback_url: str | None
+    shop_code: str | None
+    payment_data: dict[str, Any] | None
+    details: dict[str, Any]
+    expires_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CreatePayin:
+    """The same of a payin, which has a payer and no recipient."""
+
+    external_id: str
+    amount: str
+    currency: str
     callback_url: str | None
     shop_code: str | None
     payment_data: dict[str, Any] | None
@@ -128,6 +146,24 @@ def parse_create_payout(body: bytes, *, private_callbacks: bool, callback_ports:
         amount=fields.amount(),
         currency=fields.currency(),
         recipient=fields.recipient(),
+        callback_url=fields.callback_url(private_callbacks, callback_ports),
+        shop_code=fields.shop_code(),
+        payment_data=fields.payment_data(),
+        details=fields.details(),
+        expires_at=fields.expires_at(),
+    )
+    if fields.errors:
+        raise InvalidRequest(*fields.errors)
+    return create
+
+
+def parse_create_payin(body: bytes, *, private_callbacks: bool, callback_ports: frozenset[int]) -> CreatePayin:
+    """The fields of `POST /payins`. Raises: as `parse_create_payout`."""
+    fields = _Fields(parse_json_object(body))
+    create = CreatePayin(
+        external_id=fields.external_id(),
+        amount=fields.amount(),
+        currency=fields.currency(),
         callback_url=fields.callback_url(private_callbacks, callback_ports),
         shop_code=fields.shop_code(),
         payment_data=fields.payment_data(),
@@ -275,6 +311,34 @@ def render_payout(payout: Payout, shop: Shop) -> dict[str, Any]:
         "updated_at": render_time(payout.updated_at),
         "expires_at": None if payout.expires_at is None else render_time(payout.expires_at),
         "finalization_date": None if payout.finalized_at is None else render_time(payout.finalized_at),
+    }
+    return {name: value for name, value in shown.items() if value is not None}
+
+
+def render_payin(payin: Payin, shop: Shop) -> dict[str, Any]:
+    """A payin as merchants see it, with what its payer needs; what is absent is left out."""
+    details = payin.details or {}
+    shown = {
+        "id": render_id(PAYIN, payin.id),
+        "external_id": payin.external_id,
+        "shop_code": shop.code,
+        "status": payin.state.value,
+        "amount": render_amount(payin.amount_minor, shop.currency_exponent),
+        "currency": payin.currency,
+        "callback_url": payin.callback_url,
+        "transaction_type": "payin",
+        "paymentData": {
+            "reference": payin.reference,
+            **({} if payin.payment_link is None else {"payment_link": payin.payment_link}),
+        },
+        **{name: details.get(name) for name in _TEXT_FIELDS},
+        "metadata": details.get("metadata", {}),
+        "failure": None if payin.failure_code is None else render_payin_failure(payin.failure_code),
+        "provider_reference": payin.provider_reference,
+        "created_at": render_time(payin.created_at),
+        "updated_at": render_time(payin.updated_at),
+        "expires_at": None if payin.expires_at is None else render_time(payin.expires_at),
+        "finalization_date": None if payin.finalized_at is None else render_time(payin.finalized_at),
     }
     return {name: value for name, value in shown.items() if value is not None}
 

@@ -138,6 +138,7 @@ async def add_http_rail(
     authoritative: bool,
     lag_seconds: float = 0.0,
     concurrency: int | None = None,
+    payin_link: str | None = None,
     secret: str | None = None,
     actor: str,
 ) -> str:
@@ -158,6 +159,7 @@ async def add_http_rail(
             authoritative=authoritative,
             lag_seconds=lag_seconds,
             concurrency=concurrency,
+            payin_link=payin_link,
         )
         await append_audit(tx, actor=actor, action="rail.add", subject=name, detail={"base_url": base_url})
 

@@ -55,7 +55,12 @@ class RunningBank:
 async def add_rail(working: Desk, name: str, base_url: str, **terms: Any) -> None:
     """A rail to a bank that signs with `SECRET`."""
     rail_id, keyring = new_id(), working.settings.keyring
-    values: dict[str, Any] = {"authoritative": True, "lag_seconds": 0.0, "concurrency": None} | terms
+    values: dict[str, Any] = {
+        "authoritative": True,
+        "lag_seconds": 0.0,
+        "concurrency": None,
+        "payin_link": None,
+    } | terms
     sealed = keyring.seal(SECRET.encode(), owner=rail_id, row=rail_id, purpose=RAIL_SECRET_PURPOSE, now=time.time())
     await in_transaction(
         working.owner,

@@ -12,7 +12,8 @@ from sqlalchemy import text
 
 from common.db.engine import Engine, create_engine, in_transaction
 from common.db.merchants import Shop, find_active_shop, find_merchant_id
-from common.domain.ids import new_id
+from common.db.payins import NewPayin
+from common.domain.ids import PAYIN, new_id, render_id
 from common.domain.payout import mask_recipient
 from common.domain.signing import sign_v1
 from common.recipients import Recipient, seal_recipient
@@ -139,6 +140,27 @@ def order(config: Settings, shop: Shop, *, payout_id: UUID | None = None, **fiel
         "details": None,
     } | fields
     return Order(**values)
+
+
+def new_payin(shop: Shop, **fields: Any) -> NewPayin:
+    """A create of a payin that has passed every check; its rail is asked at once."""
+    payin_id = fields.pop("payin_id", None) or new_id()
+    values: dict[str, Any] = {
+        "id": payin_id,
+        "shop_id": shop.id,
+        "account_id": shop.account_id,
+        "external_id": f"IN-{next(_numbers)}",
+        "amount_minor": 1000,
+        "currency": shop.currency,
+        "rail": shop.rail,
+        "reference": render_id(PAYIN, payin_id),
+        "payment_data_digest": None,
+        "callback_url": None,
+        "details": None,
+        "expires_at": None,
+        "look_up_in_seconds": 0.0,
+    } | fields
+    return NewPayin(**values)
 
 
 async def fetch(owner: Engine, query: str, *, commit: bool = False, **values: Any) -> list[Any]:

@@ -16,12 +16,14 @@ from common.db.checks import begin_checks, check_step
 from common.db.due import Claim
 from common.db.engine import Engine, Tx, create_engine, in_transaction
 from common.db.invariants import verify
+from common.db.payins import append_payin
 from common.errors import PayoutsError
 from common.settings import Settings
 from gateway.accept import Accepted, Order, decide_batch
 from tests.conftest import Server
-from tests.factories import Merchant, add_funded_merchant, execute, fetch, order, settings
+from tests.factories import Merchant, add_funded_merchant, execute, fetch, new_payin, order, settings
 from worker.claiming import claim_calls
+from worker.collecting import Collector
 from worker.conclusions import Call, Ended
 from worker.rails import Rail, Rails
 from worker.rails.sandbox import SandboxRail
@@ -69,6 +71,19 @@ class Desk:
         assert all(isinstance(verdict, Accepted) for verdict in verdicts), verdicts
         return [item.id for item in orders]
 
+    async def create_payin(self, merchant: Merchant, **fields: Any) -> UUID:
+        """A payin that is stored and due; its id."""
+        payin = new_payin(merchant.shop, **fields)
+        await in_transaction(self.gateway, lambda tx: append_payin(tx, payin))
+        return payin.id
+
+    async def collect(self, rails: Rails | None = None, **overrides: Any) -> None:
+        """Ask about payins until nothing is due; every answer is recorded."""
+        config = replace(self.settings, **overrides)
+        collector = Collector(self.worker, rails if rails is not None else {"sandbox": self.sandbox()}, config)
+        while await collector.run_round():
+            await collector.drain(DRAIN_SECONDS)
+
     def settler(self, rails: Rails | None = None, **overrides: Any) -> Settler:
         """A settling worker of its own, by default with the sandbox rail; `overrides` are fields of the settings."""
         config = replace(self.settings, **overrides)
@@ -113,6 +128,14 @@ class Desk:
             " WHERE cardinality(CAST(:ids AS uuid[])) = 0 OR payout_id = ANY (CAST(:ids AS uuid[]))",
             ids=list(payout_ids),
         )
+
+    async def make_payins_due(self) -> None:
+        """Travel to the time when all payins are due, leases included."""
+        await execute(self.owner, "UPDATE payin_due SET due_at = now() - interval '1 second'")
+
+    async def payin_state(self, payin_id: UUID) -> str:
+        """The state of a payin."""
+        return str((await self.one("SELECT state FROM payins WHERE id = :id", id=payin_id)).state)
 
     async def one(self, query: str, **values: Any) -> Any:
         """The only row of a query."""

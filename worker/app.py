@@ -20,6 +20,8 @@ from common.settings import Settings
 from worker.callbacks.deliver import Deliverer
 from worker.callbacks.send import open_session
 from worker.checking import STEP_INTERVAL_SECONDS, Checker
+from worker.collecting import INTERVAL_SECONDS as COLLECT_INTERVAL_SECONDS
+from worker.collecting import Collector
 from worker.rails.http import open_rail_session
 from worker.rails.registry import Registry
 from worker.scanning import REST_SECONDS
@@ -30,7 +32,11 @@ ROLES: Final = ("settle", "callbacks", "sweep")
 
 _FAILED_ROUND_SECONDS: Final = 1.0
 # Of what looks at the whole, whether there is work or not.
-_INTERVALS_SECONDS: Final = {"sweep": INTERVAL_SECONDS, "check": STEP_INTERVAL_SECONDS}
+_INTERVALS_SECONDS: Final = {
+    "sweep": INTERVAL_SECONDS,
+    "check": STEP_INTERVAL_SECONDS,
+    "collect": COLLECT_INTERVAL_SECONDS,
+}
 
 
 class Role(Protocol):
@@ -78,6 +84,7 @@ class Worker:
                 tell=self._tell,
             )
             self.roles["settle"] = settler
+            self.roles["collect"] = Collector(engine, registry, settings, tell=self._tell)
             self._consumers[Work.SETTLE] = Consumer(
                 self._topology, Work.SETTLE, settler.claim_messages, self._publisher
             )

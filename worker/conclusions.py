@@ -4,7 +4,7 @@ Only the rail's definite word ends a payout. "Unknown" keeps the money held and 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
 
@@ -157,6 +157,15 @@ def sane(answer: Answer, call: Call) -> Answer:
     return Answer(
         Outcome.UNKNOWN if unusable else answer.outcome,
         failure_code=code if code is None or code in FAILURES else "other",
+        provider_reference=_storable(answer.provider_reference, PROVIDER_REFERENCE_CHARACTERS_MAX),
+        detail=_storable(answer.detail, DETAIL_CHARACTERS_MAX),
+    )
+
+
+def storable(answer: Answer) -> Answer:
+    """The same answer with texts that fit their columns."""
+    return replace(
+        answer,
         provider_reference=_storable(answer.provider_reference, PROVIDER_REFERENCE_CHARACTERS_MAX),
         detail=_storable(answer.detail, DETAIL_CHARACTERS_MAX),
     )

@@ -4,7 +4,7 @@ An event tells the rail's final word, so it may end a payout in whatever stage i
 or about another amount, moves no money: it opens a discrepancy.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
@@ -26,13 +26,14 @@ from common.db.rail_events import (
     open_discrepancies,
     postpone_rail_events,
 )
-from common.domain.ids import PAYOUT, new_id, render_id
+from common.domain.ids import PAYIN, PAYOUT, new_id, render_id
 from common.domain.payout import FAILURES, State
 from common.domain.schedule import USUAL_PATIENCE, Patience
 from common.errors import Transient
 from common.log import LogEvent, get_logger
 from common.moving import Conclusion, carry_out
 from worker.conclusions import contradicts
+from worker.crediting import apply_payin_words
 from worker.rails import Outcome
 
 EVENTS_MAX: Final = 64
@@ -49,6 +50,9 @@ class Heard:
     count: int = 0
     events: list[Event] = field(default_factory=list)
     discrepancies: list[NewDiscrepancy] = field(default_factory=list)
+
+
+Apply = Callable[..., Awaitable[Heard]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,31 +88,47 @@ class _Plan:
 
 
 async def hear(engine: Engine, patience: Patience = USUAL_PATIENCE) -> Heard:
-    """Apply the oldest words. One that the database refuses holds up nobody: it is logged, and its turn comes again later.
+    """Apply the oldest words, about payouts and about payins. One that the database refuses holds up nobody: it is logged, and
+    its turn comes again later.
 
     Repeat: a word is applied once, whoever gets to it first.
     """
-    keys = await in_transaction(engine, lambda tx: find_rail_events_due(tx, events_max=EVENTS_MAX))
-    if not keys:
-        return Heard()
-    try:
-        heard = await in_transaction(engine, partial(apply_words, keys=keys, patience=patience))
-    except Transient:
-        raise
-    except Exception:
-        each = [await _hear_one(engine, key, patience) for key in keys]
-        heard = Heard(
-            sum(one.count for one in each),
-            [event for one in each for event in one.events],
-            [discrepancy for one in each for discrepancy in one.discrepancies],
-        )
+    about_payouts = await _hear_some(engine, partial(apply_words, patience=patience), payins=False)
+    about_payins = await _hear_some(engine, _apply_payin_words, payins=True)
+    heard = _sum([about_payouts, about_payins])
     note_discrepancies(heard.discrepancies)
     return heard
 
 
-async def _hear_one(engine: Engine, key: EventKey, patience: Patience) -> Heard:
+async def _apply_payin_words(tx: Tx, keys: Collection[EventKey]) -> Heard:
+    credited = await apply_payin_words(tx, keys)
+    return Heard(credited.count, credited.events, credited.discrepancies)
+
+
+def _sum(each: Sequence[Heard]) -> Heard:
+    return Heard(
+        sum(one.count for one in each),
+        [event for one in each for event in one.events],
+        [discrepancy for one in each for discrepancy in one.discrepancies],
+    )
+
+
+async def _hear_some(engine: Engine, apply: Apply, *, payins: bool) -> Heard:
+    find = partial(find_rail_events_due, events_max=EVENTS_MAX, payins=payins)
+    keys = await in_transaction(engine, find)
+    if not keys:
+        return Heard()
     try:
-        return await in_transaction(engine, partial(apply_words, keys=[key], patience=patience))
+        return await in_transaction(engine, partial(apply, keys=keys))
+    except Transient:
+        raise
+    except Exception:
+        return _sum([await _hear_one(engine, key, apply) for key in keys])
+
+
+async def _hear_one(engine: Engine, key: EventKey, apply: Apply) -> Heard:
+    try:
+        return await in_transaction(engine, partial(apply, keys=[key]))
     except Transient:
         raise
     except Exception as error:
@@ -169,6 +189,7 @@ def note_discrepancies(opened: Iterable[NewDiscrepancy]) -> None:
         get_logger().error(
             LogEvent.PAYOUT_CONTRADICTED,
             payout=None if discrepancy.payout_id is None else render_id(PAYOUT, discrepancy.payout_id),
+            payin=None if discrepancy.payin_id is None else render_id(PAYIN, discrepancy.payin_id),
             rail=discrepancy.rail,
             state=discrepancy.state,
             outcome=discrepancy.word,

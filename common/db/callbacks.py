@@ -12,15 +12,16 @@ from common.db.engine import Tx, arrays_of
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A change of status, as the bytes that will be told. `url` None: nobody asked to be called."""
+    """A change of status of a payout or a payin, as the bytes that will be told. `url` None: nobody asked to be called."""
 
     id: UUID
     shop_id: UUID
-    payout_id: UUID
+    payout_id: UUID | None
     sequence: int
     type: str
     body: bytes
     url: str | None
+    payin_id: UUID | None = None
 
 
 def ids_to_tell(events: Collection[Event]) -> list[tuple[UUID, UUID]]:
@@ -32,15 +33,16 @@ _APPEND_EVENTS = text(
     """
     WITH fresh AS (
       SELECT * FROM unnest(CAST(:id AS uuid[]), CAST(:shop_id AS uuid[]), CAST(:payout_id AS uuid[]),
-                           CAST(:sequence AS int[]), CAST(:type AS text[]), CAST(:body AS bytea[]), CAST(:url AS text[]))
-        AS e (id, shop_id, payout_id, sequence, type, body, url)),
+                           CAST(:sequence AS int[]), CAST(:type AS text[]), CAST(:body AS bytea[]), CAST(:url AS text[]),
+                           CAST(:payin_id AS uuid[]))
+        AS e (id, shop_id, payout_id, sequence, type, body, url, payin_id)),
     told AS (
-      INSERT INTO callbacks (event_id, shop_id, payout_id, url)
-      SELECT id, shop_id, payout_id, url FROM fresh WHERE url IS NOT NULL),
+      INSERT INTO callbacks (event_id, shop_id, payout_id, payin_id, url)
+      SELECT id, shop_id, payout_id, payin_id, url FROM fresh WHERE url IS NOT NULL),
     due AS (
       INSERT INTO callback_due (event_id, shop_id) SELECT id, shop_id FROM fresh WHERE url IS NOT NULL)
-    INSERT INTO events (id, shop_id, payout_id, sequence, type, body)
-    SELECT id, shop_id, payout_id, sequence, type, body FROM fresh
+    INSERT INTO events (id, shop_id, payout_id, payin_id, sequence, type, body)
+    SELECT id, shop_id, payout_id, payin_id, sequence, type, body FROM fresh
     """
 )
 
@@ -216,7 +218,8 @@ class ListedCallback:
     """A callback as operators see it."""
 
     event_id: UUID
-    payout_id: UUID
+    payout_id: UUID | None
+    payin_id: UUID | None
     type: str
     url: str
     state: str
@@ -229,7 +232,7 @@ class ListedCallback:
 
 _LIST_CALLBACKS = text(
     """
-    SELECT c.event_id, c.payout_id, e.type, c.url, c.state, coalesce(made.n, 0) AS attempts,
+    SELECT c.event_id, c.payout_id, c.payin_id, e.type, c.url, c.state, coalesce(made.n, 0) AS attempts,
            latest.http_status AS last_status, latest.error AS last_error, d.due_at, c.created_at
       FROM callbacks c
       JOIN events e ON e.id = c.event_id AND e.shop_id = c.shop_id

@@ -58,6 +58,13 @@ PAYOUT_DUE: Final = Walk(
     (("payout_id", "uuid"),),
     "(SELECT p.created_at FROM payouts p WHERE p.id = d.payout_id AND p.shop_id = d.shop_id)",
 )
+PAYINS: Final = Walk("payins", "p", (("id", "uuid"),), "p.created_at")
+PAYIN_DUE: Final = Walk(
+    "payin_due",
+    "d",
+    (("payin_id", "uuid"),),
+    "(SELECT p.created_at FROM payins p WHERE p.id = d.payin_id AND p.shop_id = d.shop_id)",
+)
 EVENTS: Final = Walk("events", "e", (("id", "uuid"),), "e.created_at")
 CALLBACKS: Final = Walk("callbacks", "c", (("event_id", "uuid"),), "c.created_at")
 CALLBACK_DUE: Final = Walk(
@@ -66,7 +73,7 @@ CALLBACK_DUE: Final = Walk(
     (("event_id", "uuid"),),
     "(SELECT c.created_at FROM callbacks c WHERE c.event_id = d.event_id AND c.shop_id = d.shop_id)",
 )
-WALKS: Final = (ACCOUNTS, ENTRIES, PAYOUTS, PAYOUT_DUE, EVENTS, CALLBACKS, CALLBACK_DUE)
+WALKS: Final = (ACCOUNTS, ENTRIES, PAYOUTS, PAYOUT_DUE, PAYINS, PAYIN_DUE, EVENTS, CALLBACKS, CALLBACK_DUE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +183,7 @@ RULES: Final = (
         f"""
         SELECT e.account_id || '/' || e.seq FROM entries e
           LEFT JOIN payouts p ON p.id = e.payout_id AND p.shop_id = e.shop_id AND p.account_id = e.account_id
-         WHERE {ENTRIES.within} AND e.kind <> 'adjustment'
+         WHERE {ENTRIES.within} AND e.kind IN ('hold', 'capture', 'release', 'payout_return')
            AND e.seq IS DISTINCT FROM
                CASE e.kind WHEN 'hold' THEN p.hold_seq WHEN 'payout_return' THEN p.return_seq ELSE p.resolution_seq END
         """,
@@ -254,6 +261,96 @@ RULES: Final = (
         """,
     ),
     Rule(
+        "entry_has_its_payin",
+        ENTRIES,
+        "Every credit and refund belongs to a payin that points back at it.",
+        f"""
+        SELECT e.account_id || '/' || e.seq FROM entries e
+          LEFT JOIN payins p ON p.id = e.payin_id AND p.shop_id = e.shop_id AND p.account_id = e.account_id
+         WHERE {ENTRIES.within} AND e.kind IN ('payin', 'payin_refund')
+           AND e.seq IS DISTINCT FROM CASE e.kind WHEN 'payin' THEN p.credit_seq ELSE p.refund_seq END
+        """,
+    ),
+    Rule(
+        "paid_payin_has_its_credit",
+        PAYINS,
+        "A payin that was paid points at the entry that credited exactly its amount; any other has none.",
+        f"""
+        SELECT p.id FROM payins p
+          LEFT JOIN entries e ON e.payin_id = p.id AND e.shop_id = p.shop_id AND e.kind = 'payin'
+         WHERE {PAYINS.within} AND CASE WHEN p.state IN ('success', 'refunded')
+           THEN (e.account_id, e.seq, e.amount_minor) IS DISTINCT FROM (p.account_id, p.credit_seq, p.amount_minor)
+           ELSE e.seq IS NOT NULL END
+        """,
+    ),
+    Rule(
+        "refunded_payin_has_its_refund",
+        PAYINS,
+        "A payin that was refunded points at the entry that took exactly its amount back; any other has none.",
+        f"""
+        SELECT p.id FROM payins p
+          LEFT JOIN entries e ON e.payin_id = p.id AND e.shop_id = p.shop_id AND e.kind = 'payin_refund'
+         WHERE {PAYINS.within} AND CASE WHEN p.state = 'refunded'
+           THEN (e.account_id, e.seq, e.amount_minor) IS DISTINCT FROM (p.account_id, p.refund_seq, p.amount_minor)
+           ELSE e.seq IS NOT NULL END
+        """,
+    ),
+    Rule(
+        "credit_follows_the_rail",
+        PAYINS,
+        "Money was credited only when the rail named exactly this sum, and was never missed when it did.",
+        f"""
+        SELECT p.id FROM payins p
+         WHERE {PAYINS.within} AND (p.state IN ('success', 'refunded')) <> EXISTS (
+           SELECT 1 FROM payin_words w WHERE w.payin_id = p.id AND w.shop_id = p.shop_id
+              AND w.outcome IN ('paid', 'returned') AND w.amount_minor = p.amount_minor AND w.currency = p.currency)
+        """,
+    ),
+    Rule(
+        "pending_payin_is_due",
+        PAYINS,
+        "Every pending payin has a due row, so that its rail is asked.",
+        f"""
+        SELECT p.id FROM payins p
+         WHERE {PAYINS.within} AND p.state = 'pending'
+           AND NOT EXISTS (SELECT 1 FROM payin_due d WHERE d.payin_id = p.id AND d.shop_id = p.shop_id)
+        """,
+    ),
+    Rule(
+        "due_payin_is_pending",
+        PAYIN_DUE,
+        "Every due row of a payin belongs to a pending one.",
+        f"""
+        SELECT d.payin_id FROM payin_due d
+          LEFT JOIN payins p ON p.id = d.payin_id AND p.shop_id = d.shop_id
+         WHERE {PAYIN_DUE.within} AND p.state IS DISTINCT FROM 'pending'
+        """,
+    ),
+    Rule(
+        "payin_history_leads_to_the_state",
+        PAYINS,
+        "A payin's history has a line for each version after the first, and the last one is its state.",
+        f"""
+        SELECT p.id FROM payins p
+         CROSS JOIN LATERAL (
+           SELECT count(*) AS lines, (array_agg(m.state ORDER BY m.version DESC))[1] AS state
+             FROM payin_moves m WHERE m.payin_id = p.id AND m.shop_id = p.shop_id) m
+         WHERE {PAYINS.within} AND (p.version <> m.lines + 1 OR p.state <> coalesce(m.state, 'pending'))
+        """,
+    ),
+    Rule(
+        "ended_payin_has_its_event",
+        PAYINS,
+        "Every payin that ended has the event that tells its status, and its callback when somebody is to be called.",
+        f"""
+        SELECT p.id FROM payins p
+          LEFT JOIN events e ON e.payin_id = p.id AND e.shop_id = p.shop_id AND e.type = 'payin.' || p.state
+          LEFT JOIN callbacks c ON c.event_id = e.id AND c.shop_id = e.shop_id
+         WHERE {PAYINS.within} AND p.state <> 'pending'
+           AND (e.id IS NULL OR (p.callback_url IS NOT NULL AND c.event_id IS NULL))
+        """,
+    ),
+    Rule(
         "entry_is_of_its_account",
         ENTRIES,
         "Every entry carries the shop of its account.",
@@ -276,12 +373,15 @@ RULES: Final = (
     Rule(
         "event_tells_what_happened",
         EVENTS,
-        "No event tells a status that its payout did not come to.",
+        "No event tells a status that its payout or payin did not come to.",
         f"""
-        SELECT coalesce(p.id, e.id) FROM events e LEFT JOIN payouts p ON p.id = e.payout_id AND p.shop_id = e.shop_id
-         WHERE {EVENTS.within} AND (p.id IS NULL OR NOT EXISTS (
+        SELECT coalesce(e.payout_id, e.payin_id, e.id) FROM events e
+         WHERE {EVENTS.within} AND NOT EXISTS (
            SELECT 1 FROM payout_moves m WHERE m.payout_id = e.payout_id AND m.shop_id = e.shop_id
-              AND m.version = e.sequence AND e.type = 'payout.' || m.state))
+              AND m.version = e.sequence AND e.type = 'payout.' || m.state)
+           AND NOT EXISTS (
+           SELECT 1 FROM payin_moves m WHERE m.payin_id = e.payin_id AND m.shop_id = e.shop_id
+              AND m.version = e.sequence AND e.type = 'payin.' || m.state)
         """,
     ),
     Rule(

@@ -9,9 +9,10 @@ from uuid import UUID
 from sqlalchemy import func, insert, select, text
 
 from common.db.engine import Tx
+from common.db.merchants import Standing
 from common.db.tables import accounts, audit, entries
 from common.domain.ledger import Account, EntryKind
-from common.errors import AccessDenied, InvalidApiKey, PayoutsError, ShopNotFound
+from common.errors import PayoutsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +27,7 @@ class LockedAccount:
 
     def objection(self, shop_code: str) -> PayoutsError | None:
         """Why its shop may do nothing at the moment, or None."""
-        if self.merchant_status == "closed":
-            return InvalidApiKey()
-        if self.merchant_status != "active":
-            return AccessDenied()
-        return None if self.shop_status == "active" else ShopNotFound(shop_code)
+        return Standing(self.shop_status, self.merchant_status).objection(shop_code)
 
 
 _LOCK_ACCOUNTS = text(

@@ -10,6 +10,7 @@ from sqlalchemy import Row, func, insert, select, update
 
 from common.db.engine import Tx
 from common.db.tables import accounts, api_key_shops, api_keys, merchants, shops
+from common.errors import AccessDenied, InvalidApiKey, PayoutsError, ShopNotFound
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,34 @@ class Shop:
     currency_exponent: int
     rail: str
     payment_data_schema: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Whether a shop and its merchant may do business."""
+
+    shop_status: str
+    merchant_status: str
+
+    def objection(self, shop_code: str) -> PayoutsError | None:
+        """Why the shop may do nothing at the moment, or None."""
+        if self.merchant_status == "closed":
+            return InvalidApiKey()
+        if self.merchant_status != "active":
+            return AccessDenied()
+        return None if self.shop_status == "active" else ShopNotFound(shop_code)
+
+
+async def find_standing(tx: Tx, shop_id: UUID) -> Standing:
+    """How a shop stands now. Raises: `NoResultFound` for one that does not exist."""
+    row = (
+        await tx.execute(
+            select(shops.c.status.label("shop_status"), merchants.c.status.label("merchant_status"))
+            .join(merchants, merchants.c.id == shops.c.merchant_id)
+            .where(shops.c.id == shop_id)
+        )
+    ).one()
+    return Standing(**row._mapping)
 
 
 async def find_api_key(tx: Tx, public_id: str) -> ApiKey | None:

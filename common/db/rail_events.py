@@ -75,7 +75,8 @@ _APPEND = text(
 
 _FIND_DUE = text(
     """
-    SELECT rail, event_id FROM rail_events WHERE applied_at IS NULL AND due_at <= now()
+    SELECT rail, event_id FROM rail_events
+     WHERE applied_at IS NULL AND due_at <= now() AND starts_with(reference, 'pi_') = :payins
      ORDER BY due_at, event_id LIMIT CAST(:events_max AS int)
     """
 )
@@ -102,10 +103,11 @@ _APPLY = text(
 
 _OPEN = text(
     """
-    INSERT INTO discrepancies (id, rail, reference, payout_id, shop_id, state, word, kind, detail)
+    INSERT INTO discrepancies (id, rail, reference, payout_id, shop_id, state, word, kind, detail, payin_id)
     SELECT * FROM unnest(CAST(:id AS uuid[]), CAST(:rail AS text[]), CAST(:reference AS text[]),
                          CAST(:payout_id AS uuid[]), CAST(:shop_id AS uuid[]), CAST(:state AS text[]),
-                         CAST(:word AS text[]), CAST(:kind AS text[]), CAST(:detail AS text[]))
+                         CAST(:word AS text[]), CAST(:kind AS text[]), CAST(:detail AS text[]),
+                         CAST(:payin_id AS uuid[]))
         ON CONFLICT (rail, reference, kind, word, detail) WHERE closed_at IS NULL DO NOTHING
     RETURNING id
     """
@@ -132,9 +134,10 @@ _FIND = text(
 )
 
 
-async def find_rail_events_due(tx: Tx, *, events_max: int) -> list[EventKey]:
-    """Words to listen to, the oldest first."""
-    return [(row.rail, row.event_id) for row in await tx.execute(_FIND_DUE, {"events_max": events_max})]
+async def find_rail_events_due(tx: Tx, *, events_max: int, payins: bool) -> list[EventKey]:
+    """Words to listen to, the oldest first: those about payins, or all others."""
+    rows = await tx.execute(_FIND_DUE, {"events_max": events_max, "payins": payins})
+    return [(row.rail, row.event_id) for row in rows]
 
 
 async def lock_rail_events(tx: Tx, keys: Collection[EventKey]) -> list[RailEvent]:
@@ -174,7 +177,9 @@ _POSTPONE = text(
 
 @dataclass(frozen=True, slots=True)
 class NewDiscrepancy:
-    """A word against what we know: of a payout's status, of its amount, or of a reference that is none of ours."""
+    """A word against what we know: of a payout's or payin's status, of its amount, of the funds that would have to go back,
+    or of a reference that is none of ours.
+    """
 
     id: UUID
     rail: str
@@ -185,6 +190,7 @@ class NewDiscrepancy:
     word: str
     kind: str
     detail: str = ""
+    payin_id: UUID | None = None
 
 
 async def open_discrepancies(tx: Tx, found: Sequence[NewDiscrepancy]) -> list[NewDiscrepancy]:

@@ -59,6 +59,7 @@ async def append_http_rail(
     authoritative: bool,
     lag_seconds: float,
     concurrency: int | None,
+    payin_link: str | None,
 ) -> None:
     """A new rail, switched on. Raises: `IntegrityError` (`rails_name_key`, `rails_name_check`)."""
     await tx.execute(
@@ -71,6 +72,7 @@ async def append_http_rail(
             authoritative=authoritative,
             lag_seconds=lag_seconds,
             concurrency=concurrency,
+            payin_link=payin_link,
         )
     )
 
@@ -96,6 +98,7 @@ async def list_rails(tx: Tx) -> Sequence[Row[*tuple[Any, ...]]]:
         rails.c.authoritative,
         rails.c.lag_seconds,
         rails.c.concurrency,
+        rails.c.payin_link,
         unfinished.label("unfinished"),
         rails.c.created_at,
     )

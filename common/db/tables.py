@@ -123,6 +123,7 @@ entries = Table(
     _optional("payout_id", Uuid()),
     _optional("audit_id", BigInteger()),
     _required("created_at", _TIME),
+    _optional("payin_id", Uuid()),
 )
 
 payouts = Table(
@@ -188,6 +189,7 @@ rails = Table(
     _required("lag_seconds", Double()),
     _optional("concurrency", Integer()),
     _required("created_at", _TIME),
+    _optional("payin_link", Text()),
 )
 
 rail_events = Table(
@@ -222,6 +224,7 @@ discrepancies = Table(
     _required("opened_at", _TIME),
     _optional("closed_at", _TIME),
     _optional("audit_id", BigInteger()),
+    _optional("payin_id", Uuid()),
 )
 
 resolutions = Table(
@@ -254,16 +257,81 @@ payout_attempts = Table(
     _optional("detail", Text()),
 )
 
+payins = Table(
+    "payins",
+    metadata,
+    _required("id", Uuid()),
+    _required("shop_id", Uuid()),
+    _required("account_id", BigInteger()),
+    _required("external_id", Text()),
+    _required("amount_minor", BigInteger()),
+    _required("currency", Text()),
+    _required("rail", Text()),
+    _required("reference", Text()),
+    _optional("payment_link", Text()),
+    _optional("payment_data_digest", LargeBinary()),
+    _optional("callback_url", Text()),
+    _optional("details", JSONB(none_as_null=True)),
+    _required("state", Text()),
+    _required("version", Integer()),
+    _optional("failure_code", Text()),
+    _optional("provider_reference", Text()),
+    _optional("credit_seq", BigInteger()),
+    _optional("refund_seq", BigInteger()),
+    _optional("expires_at", _TIME),
+    _required("created_at", _TIME),
+    _required("updated_at", _TIME),
+    _optional("finalized_at", _TIME),
+)
+
+payin_moves = Table(
+    "payin_moves",
+    metadata,
+    _required("payin_id", Uuid()),
+    _required("shop_id", Uuid()),
+    _required("version", Integer()),
+    _required("state", Text()),
+    _required("at", _TIME),
+)
+
+payin_due = Table(
+    "payin_due",
+    metadata,
+    _required("payin_id", Uuid()),
+    _required("shop_id", Uuid()),
+    _required("rail", Text()),
+    _required("due_at", _TIME),
+    _required("look_ups", Integer()),
+    _optional("lease_token", Uuid()),
+)
+
+payin_words = Table(
+    "payin_words",
+    metadata,
+    _required("payin_id", Uuid()),
+    _required("shop_id", Uuid()),
+    _required("word_no", Integer()),
+    _required("source", Text()),
+    _required("rail", Text()),
+    _required("outcome", Text()),
+    _optional("amount_minor", BigInteger()),
+    _optional("currency", Text()),
+    _optional("failure_code", Text()),
+    _optional("provider_reference", Text()),
+    _required("at", _TIME),
+)
+
 events = Table(
     "events",
     metadata,
     _required("id", Uuid()),
     _required("shop_id", Uuid()),
-    _required("payout_id", Uuid()),
+    _optional("payout_id", Uuid()),
     _required("sequence", Integer()),
     _required("type", Text()),
     _required("body", LargeBinary()),
     _required("created_at", _TIME),
+    _optional("payin_id", Uuid()),
 )
 
 callbacks = Table(
@@ -271,11 +339,12 @@ callbacks = Table(
     metadata,
     _required("event_id", Uuid()),
     _required("shop_id", Uuid()),
-    _required("payout_id", Uuid()),
+    _optional("payout_id", Uuid()),
     _required("url", Text()),
     _required("state", Text()),
     _required("created_at", _TIME),
     _optional("finished_at", _TIME),
+    _optional("payin_id", Uuid()),
 )
 
 callback_due = Table(

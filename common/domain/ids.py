@@ -11,6 +11,7 @@ _VALUE: Final = {letter: value for value, letter in enumerate(_ALPHABET)}
 _LENGTH: Final = 26
 
 PAYOUT: Final = "po"
+PAYIN: Final = "pi"
 EVENT: Final = "evt"
 
 

@@ -12,6 +12,8 @@ class EntryKind(StrEnum):
     CAPTURE = "capture"
     RELEASE = "release"
     PAYOUT_RETURN = "payout_return"
+    PAYIN = "payin"
+    PAYIN_REFUND = "payin_refund"
     ADJUSTMENT = "adjustment"
 
 
@@ -29,6 +31,8 @@ RULES: Final[dict[EntryKind, _Rule]] = {
     EntryKind.CAPTURE: _Rule("provider_clearing", -1, -1),
     EntryKind.RELEASE: _Rule("holds", 0, -1),
     EntryKind.PAYOUT_RETURN: _Rule("provider_clearing", +1, 0),
+    EntryKind.PAYIN: _Rule("provider_clearing", +1, 0),
+    EntryKind.PAYIN_REFUND: _Rule("provider_clearing", -1, 0),
     EntryKind.ADJUSTMENT: _Rule("adjustments", +1, 0),
 }
 

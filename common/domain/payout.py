@@ -53,11 +53,15 @@ MOVES: Final[frozenset[tuple[State, State]]] = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a payout failed, in words for people and a source for code."""
+    """Why a payout or payin failed, in words for people and a source for code."""
 
     message: str
     source: str
     retryable: bool
+
+    def render(self, code: str) -> dict[str, object]:
+        """The `failure` object under its code."""
+        return {"code": code, "message": self.message, "source": self.source, "retryable": self.retryable}
 
 
 FAILURES: Final[dict[str, Failure]] = {
@@ -77,8 +81,7 @@ FAILURES: Final[dict[str, Failure]] = {
 
 def render_failure(code: str) -> dict[str, object]:
     """The `failure` object of a payout, for answers and callbacks."""
-    failure = FAILURES[code]
-    return {"code": code, "message": failure.message, "source": failure.source, "retryable": failure.retryable}
+    return FAILURES[code].render(code)
 
 
 _SHOWN_AT_LEAST: Final = 8  # Nothing is shown of a recipient shorter than this.

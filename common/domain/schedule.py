@@ -43,6 +43,20 @@ LOOK_UP_DELAYS: Final = (
     1 * _DAY,
 )
 
+# A payin that nobody told us of yet: sooner while its payer may still be at it, then daily. Events come by themselves.
+PAYIN_LOOK_UP_DELAYS: Final = (
+    10,
+    30,
+    _MINUTE,
+    5 * _MINUTE,
+    15 * _MINUTE,
+    1 * _HOUR,
+    3 * _HOUR,
+    6 * _HOUR,
+    12 * _HOUR,
+    1 * _DAY,
+)
+
 _JITTER_SHARE: Final = 0.1
 _JITTER_SECONDS_MIN: Final = 1.0
 _JITTER_SECONDS_MAX: Final = 15.0 * _MINUTE

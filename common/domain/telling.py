@@ -4,8 +4,9 @@ import json
 from datetime import datetime
 from uuid import UUID
 
-from common.domain.ids import PAYOUT, render_id
+from common.domain.ids import PAYIN, PAYOUT, render_id
 from common.domain.money import render_amount
+from common.domain.payin import PayinState, render_payin_failure
 from common.domain.payout import State, render_failure
 from common.domain.times import render_time
 
@@ -13,6 +14,11 @@ from common.domain.times import render_time
 def event_type(state: State) -> str:
     """The type of the event that tells a payout's status."""
     return f"payout.{state.status}"
+
+
+def payin_event_type(state: PayinState) -> str:
+    """The type of the event that tells a payin's status."""
+    return f"payin.{state}"
 
 
 def render_payout_event(
@@ -29,16 +35,48 @@ def render_payout_event(
     updated_at: datetime,
 ) -> bytes:
     """Compact ASCII JSON. `sequence` rises with every change of the payout; receivers keep the highest."""
-    body = {
-        "type": event_type(state),
-        "id": render_id(PAYOUT, payout_id),
-        "external_id": external_id,
-        "shop_code": shop_code,
-        "status": state.status,
-        "amount": render_amount(amount_minor, currency_exponent),
-        "currency": currency,
-        "sequence": sequence,
-        **({} if failure_code is None else {"failure": render_failure(failure_code)}),
-        "updated_at": render_time(updated_at),
-    }
+    return _render(
+        event_type(state),
+        id=render_id(PAYOUT, payout_id),
+        external_id=external_id,
+        shop_code=shop_code,
+        status=state.status,
+        amount=render_amount(amount_minor, currency_exponent),
+        currency=currency,
+        sequence=sequence,
+        failure=None if failure_code is None else render_failure(failure_code),
+        updated_at=render_time(updated_at),
+    )
+
+
+def render_payin_event(
+    *,
+    payin_id: UUID,
+    external_id: str,
+    shop_code: str,
+    state: PayinState,
+    amount_minor: int,
+    currency: str,
+    currency_exponent: int,
+    sequence: int,
+    failure_code: str | None,
+    updated_at: datetime,
+) -> bytes:
+    """The same for a payin."""
+    return _render(
+        payin_event_type(state),
+        id=render_id(PAYIN, payin_id),
+        external_id=external_id,
+        shop_code=shop_code,
+        status=state.value,
+        amount=render_amount(amount_minor, currency_exponent),
+        currency=currency,
+        sequence=sequence,
+        failure=None if failure_code is None else render_payin_failure(failure_code),
+        updated_at=render_time(updated_at),
+    )
+
+
+def _render(type_: str, **fields: object) -> bytes:
+    body = {"type": type_, **{name: value for name, value in fields.items() if value is not None}}
     return json.dumps(body, separators=(",", ":")).encode("ascii")

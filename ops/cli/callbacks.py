@@ -9,7 +9,7 @@ from common.db.callbacks import ListedCallback, list_callbacks, resend_callback
 from common.db.engine import Tx, in_transaction
 from common.db.ledger import append_audit
 from common.db.stories import has_callback, has_event
-from common.domain.ids import EVENT, PAYOUT, render_id
+from common.domain.ids import EVENT, PAYIN, PAYOUT, render_id
 from ops.cli.connect import run_changing, run_connected
 from ops.cli.errors import Refused
 from ops.cli.options import actor_option, json_option, parse_event_id, parse_shop, reason_option
@@ -76,7 +76,8 @@ async def _why_not(tx: Tx, event_id: UUID) -> str:
 def _describe(callback: ListedCallback) -> Record:
     return {
         "event": render_id(EVENT, callback.event_id),
-        "payout": render_id(PAYOUT, callback.payout_id),
+        "payout": None if callback.payout_id is None else render_id(PAYOUT, callback.payout_id),
+        "payin": None if callback.payin_id is None else render_id(PAYIN, callback.payin_id),
         "type": callback.type,
         "state": callback.state,
         "attempts": callback.attempts,

@@ -9,7 +9,7 @@ from sqlalchemy import Row
 from common.db.engine import Tx, in_transaction
 from common.db.ledger import append_audit
 from common.db.rail_events import close_discrepancy, list_discrepancies
-from common.domain.ids import PAYOUT, render_id
+from common.domain.ids import PAYIN, PAYOUT, render_id
 from ops.cli.connect import run_changing, run_connected
 from ops.cli.errors import Refused
 from ops.cli.options import actor_option, json_option, parse_uuid, reason_option
@@ -64,6 +64,7 @@ def _describe(row: Row[Any]) -> Record:
     return {
         "id": row.id,
         "payout": None if row.payout_id is None else render_id(PAYOUT, row.payout_id),
+        "payin": None if row.payin_id is None else render_id(PAYIN, row.payin_id),
         "shop": row.shop,
         "rail": row.rail,
         "reference": row.reference,

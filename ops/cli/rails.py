@@ -1,5 +1,7 @@
 """`payouts rail`: what pays. A rail's secret is shown once, when the rail is added."""
 
+from typing import Final
+
 import click
 from yarl import URL
 
@@ -13,6 +15,8 @@ from ops.cli.options import actor_option, json_option, reason_option
 from ops.cli.output import show_record, show_records, show_secret
 from ops.onboarding import add_http_rail, remove_rail
 
+_REFERENCE: Final = "{reference}"
+
 
 @click.group("rail")
 def rail_group() -> None:
@@ -25,6 +29,16 @@ def parse_base_url(text: str) -> str:
     if url is None or URL(url).query_string or URL(url).fragment:
         raise click.BadParameter("must be an absolute http(s) URL without user info, query and fragment")
     return url.rstrip("/")
+
+
+def parse_payin_link(text: str) -> str:
+    """The template of a link for payers."""
+    if (
+        _REFERENCE not in text
+        or parse_callback_url(text.replace(_REFERENCE, "pi_0"), private_allowed=True, ports=frozenset()) is None
+    ):
+        raise click.BadParameter(f"must be an absolute http(s) URL with {_REFERENCE} in it")
+    return text
 
 
 @rail_group.command("add")
@@ -43,6 +57,12 @@ def parse_base_url(text: str) -> str:
 @click.option(
     "--concurrency", type=click.IntRange(1, 10_000), help="Calls in flight per worker; else the worker's own."
 )
+@click.option(
+    "--payin-link",
+    type=parse_payin_link,
+    metavar="URL",
+    help="Where payers pay in: a URL with {reference} in it; else they quote the reference.",
+)
 @actor_option
 @json_option
 def add_rail_command(
@@ -51,6 +71,7 @@ def add_rail_command(
     authoritative: bool,
     lag_seconds: float,
     concurrency: int | None,
+    payin_link: str | None,
     actor: str,
     as_json: bool,
 ) -> None:
@@ -64,6 +85,7 @@ def add_rail_command(
             authoritative=authoritative,
             lag_seconds=lag_seconds,
             concurrency=concurrency,
+            payin_link=payin_link,
             actor=actor,
         )
     )
@@ -72,6 +94,7 @@ def add_rail_command(
         "authoritative": authoritative,
         "lag_seconds": lag_seconds,
         "concurrency": concurrency,
+        "payin_link": payin_link,
     }
     show_secret({"name": name, "kind": "http", **terms, "secret": secret}, as_json=as_json)
 

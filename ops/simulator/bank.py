@@ -14,7 +14,7 @@ from yarl import URL
 
 from common.domain.signing import parse_timestamp, sign_answer, sign_v1, signatures_equal
 from common.process import end_tasks
-from ops.simulator.ledger import Ledger, Payment, Untold
+from ops.simulator.ledger import Ledger, PaidIn, Payment, Untold
 from ops.simulator.moods import Behaviour, Fate, Manner, Mood, Telling
 
 WINDOW_SECONDS: Final = 60.0
@@ -63,6 +63,10 @@ class Bank:
         app.router.add_get("/readyz", _ready)
         app.router.add_post("/payouts", self._submit)
         app.router.add_get("/payouts/{reference}", self._look_up)
+        app.router.add_get("/payins/{reference}", self._look_up_payin)
+        # The payers' counter, which is no part of the protocol.
+        app.router.add_post("/counter/{reference}", self._pay_in)
+        app.router.add_post("/counter/{reference}/return", self._send_back)
         app.cleanup_ctx.append(self._telling)
         return app
 
@@ -95,6 +99,42 @@ class Bank:
             status, described = 404, {"reference": reference, "status": "not_found"}
         return await self._behave(request, self._mood.look_up(reference), status, described)
 
+    async def _look_up_payin(self, request: web.Request) -> web.StreamResponse:
+        if not self._is_signed(request, b""):
+            return web.Response(status=401)
+        reference = request.match_info["reference"]
+        payin = self._ledger.find_payin(reference)
+        described = {"reference": reference, "status": "not_found"} if payin is None else self._describe_payin(payin)
+        return await self._behave(request, self._mood.look_up(reference), 404 if payin is None else 200, described)
+
+    async def _pay_in(self, request: web.Request) -> web.Response:
+        """Somebody pays: `{"amount_minor": 500000, "currency": "BDT"}`. 409: it was paid already."""
+        reference, paid = request.match_info["reference"], await request.json()
+        payin = PaidIn(reference, int(paid["amount_minor"]), str(paid["currency"]), "paid")
+        now = time.time()
+        behaviour = self._mood.submit(reference, 1)
+        tell = self._tellings(payin, behaviour.telling, "paid", submitted=False, first_at=now)
+        is_first = self._ledger.take_in(reference, payin.amount_minor, payin.currency, now, tell)
+        return web.json_response({"reference": reference, "status": "paid"}, status=200 if is_first else 409)
+
+    async def _send_back(self, request: web.Request) -> web.Response:
+        """The bank gives a payer their money back. 409: there is nothing to give back."""
+        reference = request.match_info["reference"]
+        payin = self._ledger.find_payin(reference)
+        told = None if payin is None else self._event(payin, "R", "returned")
+        if told is None or not self._ledger.send_back(reference, told, time.time()):
+            return web.json_response({"reference": reference, "status": "not_found"}, status=409)
+        return web.json_response({"reference": reference, "status": "returned"})
+
+    def _describe_payin(self, payin: PaidIn) -> dict[str, Any]:
+        return {
+            "reference": payin.reference,
+            "status": payin.status,
+            "amount_minor": payin.amount_minor,
+            "currency": payin.currency,
+            "provider_reference": f"B-{payin.reference}",
+        }
+
     def _book(self, payment: Payment, behaviour: Behaviour) -> None:
         """Do what the fate says, and write down what will be told of it."""
         now, fate = time.time(), behaviour.fate
@@ -116,7 +156,7 @@ class Bank:
             )
 
     def _tellings(
-        self, payment: Payment, telling: Telling, final: str, *, submitted: bool, first_at: float
+        self, payment: Payment | PaidIn, telling: Telling, final: str, *, submitted: bool, first_at: float
     ) -> tuple[tuple[dict[str, Any], float, int], ...]:
         """Events by body, time, and how often they are signed badly first. What is told twice has one id, or two."""
         if telling is Telling.NOT:
@@ -134,7 +174,7 @@ class Bank:
             events.insert(0, (wrong, at, 0))
         return tuple(events)
 
-    def _event(self, payment: Payment, suffix: str, status: str) -> dict[str, Any]:
+    def _event(self, payment: Payment | PaidIn, suffix: str, status: str) -> dict[str, Any]:
         return {
             "id": f"{payment.reference}-{suffix}",
             "reference": payment.reference,

@@ -16,6 +16,9 @@ CREATE TABLE IF NOT EXISTS payments (
   status TEXT NOT NULL CHECK (status IN ('asked', 'submitted', 'paid', 'declined', 'returned')),
   final_status TEXT, failure_code TEXT, settles_at REAL, submits INTEGER NOT NULL DEFAULT 0,
   times_paid INTEGER NOT NULL DEFAULT 0, booked_at REAL);
+CREATE TABLE IF NOT EXISTS payins (
+  reference TEXT PRIMARY KEY, amount_minor INTEGER NOT NULL, currency TEXT NOT NULL,
+  status TEXT NOT NULL CHECK (status IN ('paid', 'returned')), paid_at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS events (
   id TEXT NOT NULL, body TEXT NOT NULL, due_at REAL NOT NULL, bad_signatures INTEGER NOT NULL DEFAULT 0,
   told_at REAL, number INTEGER PRIMARY KEY AUTOINCREMENT);
@@ -37,6 +40,16 @@ class Payment:
     failure_code: str | None
     submits: int
     times_paid: int
+
+
+@dataclass(frozen=True, slots=True)
+class PaidIn:
+    """What somebody paid in under a reference; `returned`: it went back to them."""
+
+    reference: str
+    amount_minor: int
+    currency: str
+    status: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +139,42 @@ class Ledger:
                 "UPDATE payments SET status = 'returned' WHERE reference = ? AND status = 'paid'", (reference,)
             )
             self._append_events(((body, due_at, 0),))
+
+    def take_in(
+        self,
+        reference: str,
+        amount_minor: int,
+        currency: str,
+        now: float,
+        tell: tuple[tuple[dict[str, Any], float, int], ...],
+    ) -> bool:
+        """Book what somebody pays in, and what will be told of it. Returns whether it is the first under its reference."""
+        with _Transaction(self._books):
+            booked = self._books.execute(
+                "INSERT INTO payins (reference, amount_minor, currency, status, paid_at) VALUES (?, ?, ?, 'paid', ?)"
+                " ON CONFLICT (reference) DO NOTHING",
+                (reference, amount_minor, currency, now),
+            )
+            if booked.rowcount:
+                self._append_events(tell)
+            return bool(booked.rowcount)
+
+    def send_back(self, reference: str, body: dict[str, Any], due_at: float) -> bool:
+        """Give a payer their money back, and tell so. Returns whether there was something to give back."""
+        with _Transaction(self._books):
+            returned = self._books.execute(
+                "UPDATE payins SET status = 'returned' WHERE reference = ? AND status = 'paid'", (reference,)
+            )
+            if returned.rowcount:
+                self._append_events(((body, due_at, 0),))
+            return bool(returned.rowcount)
+
+    def find_payin(self, reference: str) -> PaidIn | None:
+        """What was paid in under a reference."""
+        row = self._books.execute(
+            "SELECT reference, amount_minor, currency, status FROM payins WHERE reference = ?", (reference,)
+        ).fetchone()
+        return None if row is None else PaidIn(*row)
 
     def find_untold(self, now: float, count_max: int) -> list[Untold]:
         """Events that are due, the oldest first."""

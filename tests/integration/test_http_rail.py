@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from yarl import URL
 
@@ -15,7 +16,7 @@ from ops.simulator.moods import Behaviour, Fate, Manner
 from tests.bank import SECRET, RunningBank, bank
 from tests.factories import execute, fetch
 from tests.flows import Desk, assert_sound, desk
-from worker.rails import Answer, Outcome, PaymentOrder
+from worker.rails import Answer, Outcome, PayinTerms, PaymentOrder
 from worker.rails.breaker import Breaker
 from worker.rails.http import HttpRail, open_rail_session
 
@@ -186,3 +187,40 @@ async def test_an_answer_about_another_sum_moves_nothing_and_is_for_people(datab
         assert await working.balance(merchant) == (FUNDS_MINOR, AMOUNT_MINOR)
         rows = await fetch(working.owner, "SELECT kind, word, detail FROM discrepancies")
         assert [tuple(row) for row in rows] == [("amount", "paid", f"{AMOUNT_MINOR + 1} BDT")]
+
+
+PAYIN = PayinTerms("pi_1", AMOUNT_MINOR, "BDT")
+
+
+@pytest.mark.parametrize(
+    ("manner", "outcome"),
+    [
+        (Manner.ANSWER, Outcome.PAID),
+        (Manner.SLOW, Outcome.UNKNOWN),
+        (Manner.DROP_BEFORE, Outcome.UNKNOWN),
+        (Manner.ERROR_BEFORE, Outcome.UNKNOWN),
+        (Manner.BADLY_SIGNED, Outcome.UNKNOWN),
+        (Manner.GARBAGE, Outcome.UNKNOWN),
+    ],
+    ids=str,
+)
+async def test_only_a_signed_answer_says_that_a_payin_was_paid(
+    tmp_path: Path, manner: Manner, outcome: Outcome
+) -> None:
+    async with bank(tmp_path) as there, rail_to(there.base_url) as rail, aiohttp.ClientSession() as payer:
+        counter = f"{there.base_url}/counter/pi_1"
+        for status in (200, 409):
+            answered = await payer.post(counter, json={"amount_minor": AMOUNT_MINOR + 5, "currency": "BDT"})
+            assert answered.status == status
+        # The client asks once more by itself when a connection is dropped; a question may be put twice.
+        there.script.look_ups += [manner] * (2 if manner is Manner.DROP_BEFORE else 1)
+        answer = await rail.look_up_payin(PAYIN)
+        assert answer.outcome is outcome, answer
+        if outcome is Outcome.PAID:
+            assert (answer.amount_minor, answer.currency) == (AMOUNT_MINOR + 5, "BDT"), (
+                "what was paid, not what was asked"
+            )
+        assert (await payer.post(f"{counter}/return")).status == 200
+        assert (await rail.look_up_payin(PAYIN)).outcome is Outcome.RETURNED
+        assert (await payer.post(f"{counter}/return")).status == 409
+        assert (await rail.look_up_payin(replace(PAYIN, reference="pi_2"))).outcome is Outcome.NOT_FOUND

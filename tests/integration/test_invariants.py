@@ -45,6 +45,19 @@ async def _live_honestly(working: Desk) -> dict[str, str]:
     ids["sending"] = await working.create(merchant)
     await working.claim()
     ids["queued"] = await working.create(merchant)
+    payins = {
+        name: await working.create_payin(other, amount_minor=amount_minor, callback_url=URL)
+        for name, amount_minor in {"paid_in": 1000, "pending_in": 1001, "failed_in": 1002, "refunded_in": 1004}.items()
+    }
+    await working.collect()
+    while await working.payin_state(payins["refunded_in"]) != "refunded":
+        await execute(working.owner, "UPDATE rail_events SET due_at = now() WHERE applied_at IS NULL")
+        await hear(working.worker)
+    await execute(
+        working.owner,
+        "UPDATE callback_due SET due_at = now() + interval '1 hour' WHERE event_id IN ("
+        "SELECT id FROM events WHERE payin_id IS NOT NULL)",
+    )
     delivered = await working.one("SELECT id FROM events WHERE payout_id = :id", id=ids["success"])
     pending = await working.one("SELECT id FROM events WHERE payout_id = :id", id=ids["failed"])
     await _deliver_only(working, str(delivered.id))
@@ -54,7 +67,10 @@ async def _live_honestly(working: Desk) -> dict[str, str]:
         row = await working.one("SELECT hold_seq, resolution_seq FROM payouts WHERE id = :id", id=ids[name])
         names[f"{name}_hold"], names[f"{name}_end"] = str(row.hold_seq), str(row.resolution_seq)
     row = await working.one("SELECT return_seq FROM payouts WHERE id = :id", id=ids["refunded"])
+    credit = await working.one("SELECT credit_seq FROM payins WHERE id = :id", id=payins["paid_in"])
     return names | {
+        **{name: str(payin_id) for name, payin_id in payins.items()},
+        "paid_in_credit": str(credit.credit_seq),
         "refunded_return": str(row.return_seq),
         "account": str(merchant.shop.account_id),
         "other_account": str(other.shop.account_id),
@@ -198,6 +214,35 @@ FORGERIES: list[tuple[str, str, set[str]]] = [
     ("finished_payout_has_its_event", "UPDATE events SET type = 'payout.failed' WHERE payout_id = '{success}'",
      {"{success}"}),
     ("finished_payout_has_its_event", "DELETE FROM callbacks WHERE event_id = '{delivered}'", {"{success}"}),
+    ("entry_has_its_payin", "UPDATE payins SET credit_seq = 1 WHERE id = '{paid_in}'",
+     {"{other_account}/{paid_in_credit}"}),
+    ("entry_has_its_payin", "UPDATE payins SET account_id = {account} WHERE id = '{paid_in}'",
+     {"{other_account}/{paid_in_credit}"}),
+    ("paid_payin_has_its_credit", "UPDATE payins SET credit_seq = NULL, state = 'pending', finalized_at = NULL"
+     " WHERE id = '{paid_in}'", {"{paid_in}"}),
+    ("paid_payin_has_its_credit", "UPDATE payins SET amount_minor = amount_minor + 1 WHERE id = '{paid_in}'", {"{paid_in}"}),
+    ("paid_payin_has_its_credit",
+     "UPDATE payins SET credit_seq = 1, state = 'success', failure_code = NULL WHERE id = '{failed_in}'", {"{failed_in}"}),
+    ("refunded_payin_has_its_refund", "UPDATE payins SET refund_seq = credit_seq WHERE id = '{refunded_in}'",
+     {"{refunded_in}"}),
+    ("refunded_payin_has_its_refund", "UPDATE payins SET refund_seq = NULL, state = 'success' WHERE id = '{refunded_in}'",
+     {"{refunded_in}"}),
+    ("credit_follows_the_rail", "DELETE FROM payin_words WHERE payin_id = '{paid_in}'", {"{paid_in}"}),
+    ("credit_follows_the_rail", "UPDATE payin_words SET amount_minor = amount_minor + 1 WHERE payin_id = '{paid_in}'",
+     {"{paid_in}"}),
+    ("credit_follows_the_rail", "UPDATE payin_words SET outcome = 'paid' WHERE payin_id = '{failed_in}'", {"{failed_in}"}),
+    ("pending_payin_is_due", "DELETE FROM payin_due WHERE payin_id = '{pending_in}'", {"{pending_in}"}),
+    ("due_payin_is_pending", "INSERT INTO payin_due (payin_id, shop_id, rail, due_at)"
+     " SELECT id, shop_id, rail, now() FROM payins WHERE id = '{paid_in}'", {"{paid_in}"}),
+    ("due_payin_is_pending", "INSERT INTO payin_due (payin_id, shop_id, rail, due_at)"
+     " VALUES ('{fresh}', '{shop}', 'sandbox', now())", {"{fresh}"}),
+    ("payin_history_leads_to_the_state", "DELETE FROM payin_moves WHERE payin_id = '{refunded_in}' AND version = 2",
+     {"{refunded_in}"}),
+    ("payin_history_leads_to_the_state", "UPDATE payin_moves SET state = 'failed' WHERE payin_id = '{paid_in}'",
+     {"{paid_in}"}),
+    ("ended_payin_has_its_event", "DELETE FROM events WHERE payin_id = '{failed_in}'", {"{failed_in}"}),
+    ("ended_payin_has_its_event", "DELETE FROM callbacks WHERE payin_id = '{paid_in}'", {"{paid_in}"}),
+    ("event_tells_what_happened", "UPDATE events SET type = 'payin.failed' WHERE payin_id = '{paid_in}'", {"{paid_in}"}),
     ("pending_callback_is_due", "DELETE FROM callback_due WHERE event_id = '{pending}'", {"{pending}"}),
     ("due_callback_is_pending", "INSERT INTO callback_due (event_id, shop_id) VALUES ('{delivered}', '{shop}')",
      {"{delivered}"}),

@@ -34,17 +34,20 @@ from common.db.due import (
 from common.db.engine import Engine, Tx
 from common.db.invariants import ACCOUNTS, RULES, WALKS, Walk
 from common.db.ledger import find_balance
+from common.db.payins import append_payin, claim_questions, find_payin, lock_payins
 from common.db.payouts import find_by_external_ids, find_moves, find_payout, lock_payouts
 from common.db.rail_events import find_rail_events_due, lock_rail_events
+from common.db.resolutions import count_doubts, list_waiting
 from gateway.accept import Accepted, decide_batch
 from tests.conftest import Server
-from tests.factories import Merchant, engine, execute, fetch, order
+from tests.factories import Merchant, engine, execute, fetch, new_payin, order
 from tests.flows import LOCK_WAIT_SECONDS, Desk, cloned, desk, forge
 from worker.callbacks.deliver import Ended as Delivered
 from worker.callbacks.deliver import record_attempts
 from worker.callbacks.send import Attempt
 from worker.claiming import claim_calls
 from worker.conclusions import Ended
+from worker.crediting import record_answer
 from worker.rails import Answer, Outcome
 from worker.recording import record_answers
 
@@ -59,6 +62,10 @@ WATCHED = (
     "events",
     "entries",
     "callback_attempts",
+    "payins",
+    "payin_due",
+    "payin_moves",
+    "payin_words",
 )
 
 
@@ -69,6 +76,7 @@ class Crowd:
     url: str
     keys: list[tuple[UUID, UUID]]
     external_ids: list[tuple[UUID, str]]
+    payins: list[tuple[UUID, str, str]]
     merchant: Merchant
 
     @property
@@ -109,6 +117,22 @@ _FILL = f"""
 """
 
 
+# Pending payins, some of them due.
+_FILL_PAYINS = f"""
+    WITH fresh AS MATERIALIZED (
+      SELECT gen_random_uuid() AS id, a.id AS account_id, a.shop_id, row_number() OVER (PARTITION BY a.id) AS n
+        FROM accounts a CROSS JOIN generate_series(1, {PAYOUTS // SHOPS})),
+    due AS (
+      INSERT INTO payin_due (payin_id, shop_id, rail, due_at)
+      SELECT id, shop_id, 'sandbox', now() + make_interval(secs => n - 500) FROM fresh),
+    heard AS (
+      INSERT INTO payin_words (payin_id, shop_id, word_no, source, rail, outcome)
+      SELECT id, shop_id, 1, 'event', 'sandbox', 'declined' FROM fresh)
+    INSERT INTO payins (id, shop_id, account_id, external_id, amount_minor, currency, rail, reference)
+    SELECT id, shop_id, account_id, 'CROWD-' || n, 1000, 'BDT', 'sandbox', id FROM fresh
+"""
+
+
 @pytest.fixture(scope="module")
 def crowd(server: Server, template: str) -> Iterator[Crowd]:
     cloning = cloned(server, template)
@@ -120,10 +144,15 @@ def crowd(server: Server, template: str) -> Iterator[Crowd]:
                 await execute(working.owner, f"ALTER TABLE {table} SET (autovacuum_enabled = false)")
             merchants = [await working.merchant() for _ in range(SHOPS)]
             await forge(server, url, _FILL)
+            await forge(server, url, _FILL_PAYINS)
             await assert_counted(working)
             some = await fetch(working.owner, f"SELECT id, shop_id, external_id FROM payouts ORDER BY id LIMIT {BATCH}")
             keys = [(row.id, row.shop_id) for row in some]
-            return Crowd(url, keys, [(row.shop_id, row.external_id) for row in some], merchants[0])
+            waiting = await fetch(
+                working.owner, f"SELECT shop_id, external_id, reference FROM payins ORDER BY id LIMIT {BATCH}"
+            )
+            payins = [(row.shop_id, row.external_id, row.reference) for row in waiting]
+            return Crowd(url, keys, [(row.shop_id, row.external_id) for row in some], payins, merchants[0])
 
     with asyncio.Runner() as runner:
         yield runner.run(build())
@@ -212,9 +241,15 @@ HOT: dict[str, tuple[str, Work]] = {
     "lock_due to cancel": (GATEWAY, lambda crowd: lambda tx: lock_due(tx, crowd.ids[:1])),
     "find_moves": (GATEWAY, lambda crowd: lambda tx: find_moves(tx, *crowd.keys[0])),
     "find_expired": (WORKER, lambda _crowd: lambda tx: find_expired(tx, behind=FIRST_TO_EXPIRE, payouts_max=128)),
-    "find_rail_events_due": (WORKER, lambda _crowd: lambda tx: find_rail_events_due(tx, events_max=64)),
+    "find_rail_events_due": (WORKER, lambda _crowd: lambda tx: find_rail_events_due(tx, events_max=64, payins=False)),
     "lock_rail_events": (WORKER, lambda crowd: lambda tx: lock_rail_events(tx, [("sandbox", str(i)) for i in crowd.ids])),
     "lock_callback_due": (WORKER, lambda crowd: lambda tx: lock_callback_due(tx, crowd.ids)),
+    "find_payin": (GATEWAY, lambda crowd: lambda tx: find_payin(tx, *crowd.payins[0][:2])),
+    "claim_questions": (WORKER, lambda _crowd: lambda tx: claim_questions(
+        tx, rail="sandbox", token=uuid4(), lease_seconds=60.0, claim_max=32, lag_seconds=0.0)),
+    "lock_payins": (WORKER, lambda crowd: lambda tx: lock_payins(tx, [reference for *_, reference in crowd.payins])),
+    "count_doubts": (WORKER, lambda _crowd: count_doubts),
+    "list_waiting": ("payouts_ops", lambda _crowd: lambda tx: list_waiting(tx, rows_max=50)),
     "find_ages": (WORKER, lambda _crowd: find_ages),
 }  # fmt: skip
 
@@ -287,6 +322,22 @@ async def test_claiming_and_recording_callbacks_scans_nothing(crowd: Crowd, stat
         attempt = Attempt(status, None if status == 200 else "http_5xx", b"", "127.0.0.1", 1, 0.0)
         await record_attempts(tx, [Delivered(item, token, attempt, 0.0, 0.0) for item in claimed], now=0.0)
         assert await _scanned(tx) == {}
+
+
+@pytest.mark.parametrize("outcome", [Outcome.PAID, Outcome.DECLINED, Outcome.NOT_FOUND])
+async def test_accepting_and_crediting_a_payin_scans_nothing(crowd: Crowd, outcome: Outcome) -> None:
+    async with desk(crowd.url) as working:
+        async with working.gateway.connect() as tx:
+            await append_payin(tx, new_payin(crowd.merchant.shop))
+            assert await _scanned(tx) == {}
+        async with working.worker.connect() as tx:
+            token = uuid4()
+            (question,) = await claim_questions(
+                tx, rail="sandbox", token=token, lease_seconds=60.0, claim_max=1, lag_seconds=0.0
+            )
+            answer = Answer(outcome, amount_minor=question.amount_minor, currency=question.currency)
+            await record_answer(tx, question, answer, token=token, again_in_seconds=1.0, lag_seconds=0.0)
+            assert await _scanned(tx) == {}
 
 
 async def _rows_read(tx: Tx) -> dict[str, int]:

@@ -18,6 +18,8 @@ from sqlalchemy.exc import DBAPIError
 
 from common.db.engine import constraint_name, sqlstate
 from common.db.tables import metadata
+from common.domain.payin import MOVES as PAYIN_MOVES
+from common.domain.payin import PayinState
 from common.domain.payout import MOVES, STAGES, State
 from tests.conftest import Server
 from tests.factories import engine, execute, fetch
@@ -62,6 +64,11 @@ async def _tell_a_story(desk: Desk) -> dict[str, str]:
     expiring = await desk.create(merchant, expires_at=datetime.now(UTC) + timedelta(hours=1))
     for name, payout_id in ids.items():
         assert await desk.state(payout_id) == name
+    payins = {
+        name: await desk.create_payin(merchant, amount_minor=amount_minor)
+        for name, amount_minor in {"paid_in": 1000, "failed_in": 1002, "pending_in": 1006}.items()
+    }
+    await desk.collect()
     await execute(
         desk.worker,
         "INSERT INTO discrepancies (id, rail, reference, word, kind)"
@@ -83,7 +90,7 @@ async def _tell_a_story(desk: Desk) -> dict[str, str]:
     event = await desk.one("SELECT id FROM events WHERE type = 'payout.success'")
     key = await desk.one("SELECT id FROM api_keys WHERE public_id = :id", id=merchant.api_key)
     return {
-        **{name: str(payout_id) for name, payout_id in ids.items()},
+        **{name: str(any_id) for name, any_id in (ids | payins).items()},
         "expiring": str(expiring),
         "fresh": str(uuid4()),
         "shop": str(merchant.shop.id),
@@ -606,6 +613,142 @@ async def test_the_cases_begin_where_the_right_thing_passes(world: World) -> Non
     assert await _refusal(world, WORKER, looked_up, again % "queued", again % "sending", sent_again) is None
 
 
+def _heard(payin: str, outcome: str, no: int = 1, /, **values: str) -> str:
+    """What the rail said about a payin."""
+    columns = {"amount_minor": "p.amount_minor", "currency": "p.currency", "rail": "p.rail"} | values
+    return (
+        f"INSERT INTO payin_words (payin_id, shop_id, word_no, source, outcome, {', '.join(columns)})"
+        f" SELECT p.id, p.shop_id, {no}, 'event', '{outcome}', {', '.join(columns.values())} FROM payins p"
+        f" WHERE p.id = '{payin}'"
+    )
+
+
+def _end_payin(payin: str, state: str, kind: str | None, /, *, failure: str = "NULL", **values: str) -> str:
+    """One statement that ends a payin, together with an entry unless `kind` is None."""
+    amount = values.get("amount_minor", "1000")
+    sign = "-" if kind == "payin_refund" else ""
+    columns = {
+        "account_id": "a.id",
+        "seq": "a.last_seq + 1",
+        "shop_id": "a.shop_id",
+        "kind": f"'{kind}'",
+        "contra": "'provider_clearing'",
+        "amount_minor": amount,
+        "posted_delta_minor": f"{sign}{amount}",
+        "held_delta_minor": "0",
+        "posted_after_minor": f"a.posted_minor + ({sign}{amount})",
+        "held_after_minor": "a.held_minor",
+        "payin_id": f"'{payin}'",
+    } | values
+    entry = (
+        f"e AS (INSERT INTO entries ({', '.join(columns)}) SELECT {', '.join(columns.values())}"
+        " FROM accounts a WHERE a.id = {account}), "
+    )
+    place = {"payin": "credit_seq = a.last_seq + 1,", "payin_refund": "refund_seq = a.last_seq + 1,"}.get(
+        kind or "", ""
+    )
+    return (
+        f"WITH {entry if kind else ''}d AS (DELETE FROM payin_due WHERE payin_id = '{payin}')"
+        f" UPDATE payins p SET state = '{state}', version = p.version + 1, finalized_at = coalesce(p.finalized_at, now()),"
+        f" {place} failure_code = {failure} FROM accounts a WHERE a.id = p.account_id AND p.id = '{payin}'"
+    )
+
+
+_CREDIT = _end_payin("{pending_in}", "success", "payin", amount_minor="1006")
+_NEW_PAYIN = (
+    "INSERT INTO payins (id, shop_id, account_id, external_id, amount_minor, currency, rail, reference)"
+    " SELECT '{fresh}', a.shop_id, a.id, '{fresh}', 1000, 'BDT', 'sandbox', '{fresh}' FROM accounts a WHERE a.id = {account}"
+)
+_PAYIN_DUE = "INSERT INTO payin_due (payin_id, shop_id, rail, due_at) VALUES ('{fresh}', '{shop}', 'sandbox', now())"
+
+
+async def test_payins_are_created_credited_refunded_and_ended(world: World) -> None:
+    """The unbent statements of the cases below."""
+    assert await _refusal(world, GATEWAY, f"WITH d AS ({_PAYIN_DUE}) {_NEW_PAYIN}") is None
+    assert await _refusal(world, WORKER, _heard("{pending_in}", "paid"), _CREDIT) is None
+    refund = _heard("{paid_in}", "returned", 2), _end_payin("{paid_in}", "refunded", "payin_refund")
+    assert await _refusal(world, WORKER, *refund) is None
+    failed = _heard("{pending_in}", "declined"), _end_payin("{pending_in}", "failed", None, failure="'other'")
+    assert await _refusal(world, WORKER, *failed) is None
+
+
+CASES += [
+    ("a payin without its due row", GATEWAY, "payins_start_whole", (_NEW_PAYIN,)),
+    ("a payin that is due at another rail", GATEWAY, "payins_start_whole", (
+        f"WITH d AS ({_PAYIN_DUE.replace('sandbox', 'other')}) {_NEW_PAYIN}",)),
+    ("a payin of another shop's account", GATEWAY, "payins_start_whole", (
+        f"WITH d AS ({_PAYIN_DUE}) {_NEW_PAYIN.replace('a.id,', '{other_account},')}",)),
+    ("a payin in another currency", GATEWAY, "payins_start_whole", (
+        f"WITH d AS ({_PAYIN_DUE}) {_NEW_PAYIN.replace('BDT', 'USD')}",)),
+    ("a payin twice", GATEWAY, "payins_external_id_unique", (
+        f"WITH d AS ({_PAYIN_DUE}) {_NEW_PAYIN}",
+        _NEW_PAYIN.replace("SELECT '{fresh}'", "SELECT '{merchant}'").replace("'sandbox', '{fresh}'", "'sandbox', 'x'"))),
+    ("a credit that no rail spoke of", WORKER, "entries_payin_was_said", (_CREDIT,)),
+    ("a credit on a word about another sum", WORKER, "entries_payin_was_said", (
+        _heard("{pending_in}", "paid", amount_minor="p.amount_minor + 1"), _CREDIT)),
+    ("a credit on a word about another currency", WORKER, "entries_payin_was_said", (
+        _heard("{pending_in}", "paid", currency="'USD'"), _CREDIT)),
+    ("a credit on a word that names no sum", WORKER, "entries_payin_was_said", (
+        _heard("{pending_in}", "paid", amount_minor="NULL"), _CREDIT)),
+    ("a credit of the event's amount", WORKER, "entries_match_payin", (
+        _heard("{pending_in}", "paid"), _CREDIT.replace("1006", "1007"))),
+    ("a credit to another account", WORKER, "entries_match_payin", (
+        _heard("{pending_in}", "paid"), _CREDIT.replace("a.id = {account}),", "a.id = {other_account}),"))),
+    ("a second credit", WORKER, "entries_one_credit_per_payin", (
+        _end_payin("{paid_in}", "success", "payin").replace("SET state = 'success', version = p.version + 1,", "SET"),)),
+    ("a word of another rail", WORKER, "payin_words_of_its_rail", (_heard("{pending_in}", "paid", rail="'other'"),)),
+    ("a payin is paid without its money", WORKER, "payins_credited_iff_paid", (
+        _heard("{pending_in}", "paid"), _end_payin("{pending_in}", "success", None))),
+    ("a payin points at an entry of another", WORKER, "payins_end_whole", (
+        _heard("{pending_in}", "paid"),
+        _end_payin("{pending_in}", "success", None).replace("failure_code", "credit_seq = 1, failure_code"))),
+    ("a payin fails that no rail declined", WORKER, "payins_end_was_said", (
+        _end_payin("{pending_in}", "failed", None, failure="'other'"),)),
+    ("a payin fails after paid", WORKER, "payins_end_was_said", (
+        _heard("{pending_in}", "paid"), _heard("{pending_in}", "declined", 2),
+        _end_payin("{pending_in}", "failed", None, failure="'other'"))),
+    ("a payin expires that has no end", WORKER, "payins_moves", (
+        _heard("{pending_in}", "not_found"), _end_payin("{pending_in}", "expired", None))),
+    ("a refund that no rail spoke of", WORKER, "entries_payin_was_said", (
+        _end_payin("{paid_in}", "refunded", "payin_refund"),)),
+    ("a refund of what was never paid", WORKER, "payins_moves", (
+        _heard("{pending_in}", "returned"), _end_payin("{pending_in}", "refunded", "payin_refund"))),
+    ("a failed payin is paid", WORKER, "payins_moves", (
+        _heard("{failed_in}", "paid", 2), _end_payin("{failed_in}", "success", "payin", amount_minor="1002"))),
+    ("a pending payin is forgotten", WORKER, "payin_due_follows_payin", (
+        "DELETE FROM payin_due WHERE payin_id = '{pending_in}'",)),
+    ("a paid payin is due", GATEWAY, "payin_due_follows_payin", (_PAYIN_DUE.replace("{fresh}", "{paid_in}"),)),
+    ("an event of a pending payin", WORKER, "events_match_payin", (
+        "INSERT INTO events (id, shop_id, payin_id, sequence, type, body)"
+        " SELECT '{fresh}', shop_id, id, version, 'payin.success', 'xx' FROM payins WHERE id = '{pending_in}'",)),
+    ("an event of a payout and a payin", WORKER, "events_subject", (
+        "INSERT INTO events (id, shop_id, payin_id, payout_id, sequence, type, body)"
+        " SELECT '{fresh}', shop_id, id, '{success}', version, 'payin.success', 'xx' FROM payins WHERE id = '{paid_in}'",)),
+    ("an entry of a payout and a payin", WORKER, "entries_subject", (
+        _heard("{pending_in}", "paid"),
+        _CREDIT.replace(", payin_id)", ", payin_id, payout_id)").replace(
+            "'{pending_in}' FROM accounts", "'{pending_in}', '{success}' FROM accounts"))),
+    ("a word is rewritten", OWNER, "payin_words_append_only", ("UPDATE payin_words SET outcome = 'declined'",)),
+    ("a word is forgotten", OWNER, "payin_words_append_only", ("DELETE FROM payin_words",)),
+    ("the history of payins is rewritten", OWNER, "payin_moves_append_only", ("UPDATE payin_moves SET state = 'x'",)),
+    ("a payin is deleted", OWNER, "payins_no_delete", ("DELETE FROM payins",)),
+    ("how a payin ended is told anew", WORKER, "payins_end_stays", (
+        "UPDATE payins SET provider_reference = 'another' WHERE id = '{paid_in}'",)),
+    ("a payin's version without a move", WORKER, "payins_version_follows_state", (
+        "UPDATE payins SET version = version + 1 WHERE id = '{pending_in}'",)),
+    *(
+        (f"{role} credits", role, NOT_ALLOWED, (_heard("{pending_in}", "paid"),)) for role in (GATEWAY, OPS, READONLY)
+    ),
+    *(
+        (f"{role} moves a payin", role, NOT_ALLOWED, ("UPDATE payins SET state = 'success' WHERE id = '{pending_in}'",))
+        for role in (GATEWAY, OPS, READONLY)
+    ),
+    ("the worker makes payins", WORKER, NOT_ALLOWED, (_NEW_PAYIN,)),
+    ("a link for payers without the reference", OPS, "rails_payin_link_has_reference", (
+        "INSERT INTO rails (id, name, kind, payin_link) VALUES ('{fresh}', 'x', 'sandbox', 'https://pay.example.com')",)),
+]  # fmt: skip
+
+
 _RESOLUTION = (
     "INSERT INTO audit (actor, action, subject, reason, detail) VALUES ('alice', 'payout.resolve', 'p', 'a letter',"
     ' \'{{"resolution_id": "{fresh}", "outcome": "declined"}}\')',
@@ -744,13 +887,14 @@ async def test_no_role_reaches_a_forbidden_state(world: World, role: str, statem
 
 
 @pytest.mark.parametrize("role", [OWNER, *APPLICATION])
-@pytest.mark.parametrize("table", ["payouts", "entries", "events", "audit"])
+@pytest.mark.parametrize("table", ["payouts", "payins", "entries", "events", "audit", "payin_words"])
 async def test_history_stays_whoever_asks(world: World, table: str, role: str) -> None:
-    trigger = f"{table}_no_delete" if table == "payouts" else f"{table}_append_only"
+    has_progress = table in ("payouts", "payins")
+    trigger = f"{table}_no_delete" if has_progress else f"{table}_append_only"
     deleted, truncated = (trigger, f"{table}_no_truncate") if role == OWNER else (NOT_ALLOWED, NOT_ALLOWED)
     assert await _refusal(world, role, f"DELETE FROM {table}") == deleted
     assert await _refusal(world, role, f"TRUNCATE {table} CASCADE") == truncated
-    if table != "payouts":
+    if not has_progress:
         column = metadata.tables[table].columns.keys()[-1]
         assert await _refusal(world, role, f"UPDATE {table} SET {column} = {column}") == deleted
 
@@ -809,6 +953,55 @@ async def test_terms_that_may_not_change_are_all_but_those_that_tell_a_payouts_p
     assert set(granted) == progress
     names = {name for each in watched for name in each.partition("UPDATE OF ")[2].partition(" ON ")[0].split(", ")}
     assert names == columns - progress
+
+
+@pytest.mark.parametrize("column", metadata.tables["payins"].columns.keys())
+async def test_of_a_payin_only_its_progress_changes(world: World, column: str) -> None:
+    progress = {
+        *("state", "version", "failure_code", "provider_reference", "credit_seq", "refund_seq"),
+        *("updated_at", "finalized_at"),
+    }
+    value = {
+        "details": "'{{}}'",
+        "account_id": "{other_account}",
+        "amount_minor": "amount_minor + 1",
+        "payment_data_digest": "sha256('another')",
+        "id": "gen_random_uuid()",
+        "shop_id": "gen_random_uuid()",
+        "expires_at": "now()",
+        "created_at": "now()",
+    }.get(column, "'another'")
+    update = f"UPDATE payins SET {column} = {value} WHERE id = '{{pending_in}}'"
+    if column not in progress:
+        assert await _refusal(world, OWNER, update) == "payins_terms_fixed"
+        assert await _refusal(world, WORKER, update) == NOT_ALLOWED
+    for role in (GATEWAY, OPS, READONLY):
+        assert await _refusal(world, role, f"UPDATE payins SET {column} = {column}") == NOT_ALLOWED
+
+
+PAYIN_PAIRS = list(permutations(PayinState, 2))
+
+
+@pytest.mark.parametrize(("source", "target"), PAYIN_PAIRS, ids=[f"{a}-{b}" for a, b in PAYIN_PAIRS])
+async def test_moves_of_payins_are_those_of_the_code(world: World, source: PayinState, target: PayinState) -> None:
+    def put(state: PayinState) -> str:
+        credited = state in (PayinState.SUCCESS, PayinState.REFUNDED)
+        failure = "'other'" if state is PayinState.FAILED else "NULL"
+        return (
+            f"UPDATE payins SET state = '{state}', version = version + 1, failure_code = {failure},"
+            f" credit_seq = {1 if credited else 'NULL'}, refund_seq = {1 if state is PayinState.REFUNDED else 'NULL'},"
+            f" expires_at = now(), finalized_at = {'now()' if state.is_final else 'NULL'} WHERE id = '{{pending_in}}'"
+        )
+
+    refused_by = await _refusal(
+        world,
+        OWNER,
+        "ALTER TABLE payins DISABLE TRIGGER USER",
+        put(source),
+        "ALTER TABLE payins ENABLE TRIGGER payins_moves",
+        put(target),
+    )
+    assert refused_by == (None if (source, target) in PAYIN_MOVES else "payins_moves")
 
 
 PAIRS = list(permutations(State, 2))

@@ -1,4 +1,6 @@
-"""What pays. A rail is asked to pay under one reference for the payout's whole life, and may be asked what became of it."""
+"""What pays, and where payers pay in. A rail is asked to pay under one reference for the payout's whole life, and may be asked
+what became of it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -48,6 +50,15 @@ class PaymentOrder:
     recipient: Recipient = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class PayinTerms:
+    """What a payer was asked to pay in, under a reference that the payer quotes. `amount_minor` in minor units."""
+
+    reference: str
+    amount_minor: int
+    currency: str
+
+
 class Rail(Protocol):
     """One provider. Calls may raise anything: the caller takes every exception as `UNKNOWN`."""
 
@@ -68,6 +79,11 @@ class Rail(Protocol):
 
     async def look_up(self, reference: str) -> Answer:
         """Ask what became of a reference."""
+
+    async def look_up_payin(self, payin: PayinTerms) -> Answer:
+        """Ask whether a payer has paid: `PAID` and `RETURNED` name the sum; `SUBMITTED`: it is under way; `NOT_FOUND`: by now
+        nobody has.
+        """
 
 
 Rails = Mapping[str, Rail]

@@ -15,7 +15,7 @@ import aiohttp
 from yarl import URL
 
 from common.domain.signing import parse_timestamp, sign_answer, sign_v1, signatures_equal
-from worker.rails import Answer, Outcome, PaymentOrder
+from worker.rails import Answer, Outcome, PayinTerms, PaymentOrder
 from worker.rails.breaker import Breaker
 
 ANSWER_BYTES_MAX: Final = 64 * 1024
@@ -28,6 +28,8 @@ _TO_SUBMIT: Final = {
     "not_accepted": Outcome.NOT_ACCEPTED,
 }
 _TO_LOOK_UP: Final = {"paid": Outcome.PAID, "declined": Outcome.DECLINED, "submitted": Outcome.SUBMITTED}
+
+_TO_PAYIN_LOOK_UP: Final = {**_TO_LOOK_UP, "returned": Outcome.RETURNED}
 
 
 class _NoAnswer(Exception):
@@ -109,6 +111,21 @@ class HttpRail:
         if status != 200:
             return Answer(Outcome.UNKNOWN, detail=f"status {status}")
         return _read(answer, reference, _TO_LOOK_UP)
+
+    async def look_up_payin(self, payin: PayinTerms) -> Answer:
+        """Ask the bank whether somebody has paid in under a reference."""
+        reference = payin.reference
+        try:
+            status, answer = await self._exchange("GET", self.base_url / "payins" / reference, b"")
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            return Answer(Outcome.UNKNOWN, detail="not connected")
+        except _NoAnswer as error:
+            return Answer(Outcome.UNKNOWN, detail=str(error))
+        if status == 404 and answer.get("status") == "not_found" and answer.get("reference") == reference:
+            return Answer(Outcome.NOT_FOUND)
+        if status != 200:
+            return Answer(Outcome.UNKNOWN, detail=f"status {status}")
+        return _read(answer, reference, _TO_PAYIN_LOOK_UP)
 
     async def _exchange(self, method: str, url: URL, body: bytes) -> tuple[int, dict[str, Any]]:
         """One signed request, and the bank's signed answer to it.

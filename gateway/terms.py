@@ -1,0 +1,44 @@
+"""What only the shop can tell of a create: whether the currency is its own, the amount's scale, its schema of payment data."""
+
+import json
+from typing import Any
+
+from jsonschema import Draft202012Validator
+
+from common.db.merchants import Shop
+from common.domain.money import parse_amount
+from common.errors import FieldError, InvalidRequest, ShopCurrencyMismatch
+from common.sealing import Keyring
+from gateway.schemas import AMOUNT_INVALID
+
+
+def judge_terms(shop: Shop, amount: str, currency: str, payment_data: dict[str, Any] | None) -> int:
+    """The amount in minor units.
+
+    Raises: `ShopCurrencyMismatch`, `InvalidRequest` for the amount's scale and for payment data against the shop's schema.
+    """
+    if currency != shop.currency:
+        raise ShopCurrencyMismatch(shop.currency)
+    amount_minor = parse_amount(amount, shop.currency_exponent)
+    errors = [*([AMOUNT_INVALID] if amount_minor is None else []), *_payment_data_errors(payment_data, shop)]
+    if amount_minor is None or errors:
+        raise InvalidRequest(*errors)
+    return amount_minor
+
+
+def digest_payment_data(keyring: Keyring, shop: Shop, payment_data: dict[str, Any] | None) -> bytes | None:
+    """What a repeat is compared by; None when there is none."""
+    if payment_data is None:
+        return None
+    return keyring.digest(
+        "payment data|" + json.dumps(payment_data, sort_keys=True, separators=(",", ":")), owner=shop.id
+    )
+
+
+def _payment_data_errors(payment_data: dict[str, Any] | None, shop: Shop) -> list[FieldError]:
+    """The fields that break the shop's schema, by name; the validator's own words would repeat their values."""
+    if shop.payment_data_schema is None:
+        return []
+    broken = Draft202012Validator(shop.payment_data_schema).iter_errors(payment_data or {})
+    paths = {".".join(("paymentData", *map(str, error.absolute_path))) for error in broken}
+    return [FieldError(path, "Invalid paymentData") for path in sorted(paths)]
