@@ -241,9 +241,11 @@ RULES: Final = (
         "Money was captured only when the rail said that it paid, and never released when it did.",
         f"""
         SELECT p.id FROM payouts p
-         WHERE {PAYOUTS.within} AND p.resolution_seq IS NOT NULL AND (p.state IN ('success', 'refunded')) <> EXISTS (
-           SELECT 1 FROM payout_attempts t
-            WHERE t.payout_id = p.id AND t.shop_id = p.shop_id AND t.outcome = 'paid')
+         CROSS JOIN LATERAL (
+           SELECT count(*) AS times FROM payout_attempts t
+            WHERE t.payout_id = p.id AND t.shop_id = p.shop_id AND t.outcome = 'paid') said
+         WHERE {PAYOUTS.within} AND p.resolution_seq IS NOT NULL
+           AND (p.state IN ('success', 'refunded')) <> (said.times > 0)
         """,
     ),
     Rule(
@@ -301,9 +303,10 @@ RULES: Final = (
         "Money was credited only when the rail named exactly this sum, and was never missed when it did.",
         f"""
         SELECT p.id FROM payins p
-         WHERE {PAYINS.within} AND (p.state IN ('success', 'refunded')) <> EXISTS (
-           SELECT 1 FROM payin_words w WHERE w.payin_id = p.id AND w.shop_id = p.shop_id
-              AND w.outcome IN ('paid', 'returned') AND w.amount_minor = p.amount_minor AND w.currency = p.currency)
+         CROSS JOIN LATERAL (
+           SELECT count(*) AS times FROM payin_words w WHERE w.payin_id = p.id AND w.shop_id = p.shop_id
+              AND w.outcome IN ('paid', 'returned') AND w.amount_minor = p.amount_minor AND w.currency = p.currency) said
+         WHERE {PAYINS.within} AND (p.state IN ('success', 'refunded')) <> (said.times > 0)
         """,
     ),
     Rule(
