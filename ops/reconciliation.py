@@ -64,9 +64,9 @@ def _faults(payout: OurPayout, payment: Payment | None) -> Iterable[str]:
     booked = payment is not None and payment.status != "asked"
     status = payment.status if payment is not None and booked else None
     if payout.state not in _FITTING:
-        yield f"it is still {payout.state} here, {status or 'unknown'} there"
+        yield f"it is still {payout.state} here, {status or 'unbooked'} there"
     elif status not in _FITTING[payout.state]:
-        yield f"it is {payout.state} here, {status or 'unknown'} there"
+        yield f"it is {payout.state} here, {status or 'unbooked'} there"
     if payment is None:
         return
     if payment.times_paid > 1:

@@ -21,18 +21,20 @@ _FIRST_RED: Final = re.compile(r"^(?:FAILED|ERROR) \S+?::(\w+)", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Plant:
-    """A fault: in that file, `sound` becomes `broken`; some of these tests must fail."""
+    """A fault: in that file, `sound` becomes `broken`, and so does every pair of `also`; some of these tests must fail."""
 
     name: str
     file: str
     sound: str
     broken: str
     tests: tuple[str, ...]
+    also: tuple[tuple[str, str], ...] = ()
 
 
 _CONCURRENT: Final = "tests/faults/test_concurrent_creates.py"
 _SETTLEMENT: Final = "tests/integration/test_settlement.py"
 _API: Final = "tests/integration/test_payouts_api.py"
+_CREDITING: Final = "tests/integration/test_crediting.py"
 
 PLANTS: Final = (
     Plant(
@@ -127,6 +129,48 @@ PLANTS: Final = (
         "    return False\n",
         (_SETTLEMENT, "tests/integration/test_hearing.py"),
     ),
+    Plant(
+        "the credit is taken from the event's amount",
+        "worker/crediting.py",
+        "    if outcome in (Outcome.PAID, Outcome.RETURNED) and (word.amount_minor, word.currency) != (\n"
+        "        payin.amount_minor,\n        payin.currency,\n    ):\n",
+        "    if False:\n",
+        (_CREDITING,),
+        also=(
+            (
+                "account.append(kind, payin.amount_minor)",
+                "account.append(kind, word.amount_minor or payin.amount_minor)",
+            ),
+        ),
+    ),
+    Plant(
+        "a word about another sum credits what was asked for",
+        "worker/crediting.py",
+        "(word.amount_minor, word.currency) != (\n        payin.amount_minor,\n        payin.currency,\n    ):\n",
+        "False:\n",
+        (_CREDITING,),
+    ),
+    Plant(
+        "a payin expires by time alone",
+        "worker/crediting.py",
+        "if outcome is Outcome.NOT_FOUND and is_over and not payin.has_unheard:",
+        "if is_over:",
+        (_CREDITING,),
+    ),
+    Plant(
+        "a payin is asked about for the last time before its end",
+        "common/db/payins.py",
+        "coalesce(p.expires_at + make_interval(secs => CAST(:lag_seconds AS float8)) <= now(), false) AS is_over",
+        "p.expires_at IS NOT NULL AS is_over",
+        (_CREDITING,),
+    ),
+    Plant(
+        "one operator resolves alone",
+        "ops/resolving.py",
+        "    if known.actor.casefold() == actor.casefold():\n",
+        "    if False:\n",
+        ("tests/integration/test_resolving.py",),
+    ),
 )
 
 
@@ -153,7 +197,8 @@ def plant_and_test(plant: Plant) -> str | None:
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 (copy / name).write_bytes((ROOT / name).read_bytes())
         file = copy / plant.file
-        file.write_text(file.read_text().replace(plant.sound, plant.broken))
+        for sound, broken in ((plant.sound, plant.broken), *plant.also):
+            file.write_text(file.read_text().replace(sound, broken))
         return _first_red(copy, plant.tests)
 
 

@@ -20,6 +20,8 @@ from worker.rails import Answer, Outcome
 # As the schema has them.
 PROVIDER_REFERENCE_CHARACTERS_MAX: Final = 200
 DETAIL_CHARACTERS_MAX: Final = 200
+# Longer than any there is.
+CURRENCY_CHARACTERS_MAX: Final = 16
 
 SUBMIT: Final = "submit"
 LOOK_UP: Final = "look_up"
@@ -168,6 +170,7 @@ def storable(answer: Answer) -> Answer:
         answer,
         provider_reference=_storable(answer.provider_reference, PROVIDER_REFERENCE_CHARACTERS_MAX),
         detail=_storable(answer.detail, DETAIL_CHARACTERS_MAX),
+        currency=_storable(answer.currency, CURRENCY_CHARACTERS_MAX),
     )
 
 

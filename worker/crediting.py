@@ -37,6 +37,8 @@ from common.domain.payin import FAILURES, PayinState
 from common.domain.telling import payin_event_type, render_payin_event
 from worker.rails import Answer, Outcome
 
+# As the schema has it.
+_DETAIL_CHARACTERS_MAX: Final = 500
 # How long a word waits for an account that somebody else holds, or behind another word about its payin.
 _BUSY_SECONDS: Final = 0.2
 # How long an answer waits for its account; nobody else waits for it.
@@ -288,5 +290,5 @@ def _discrepancy(payin: LockedPayin | None, word: PayinWord, kind: str, detail: 
         state=None if payin is None else payin.state,
         word=word.outcome,
         kind=kind,
-        detail=detail,
+        detail=detail[:_DETAIL_CHARACTERS_MAX],
     )

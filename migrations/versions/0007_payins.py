@@ -1,6 +1,7 @@
 """Payins: money that comes in under a reference of ours, credited once, for exactly the amount the rail says was paid.
 
-Old code runs on it: it knows payouts only, and their events and callbacks stay as they are. Checks that are wider than those
+Old code runs on it: it knows payouts only, and their events and callbacks stay as they are. Rails speak of payins when the old
+workers have left: those would take a word about one for nobody's. Checks that are wider than those
 they replace are not validated: what is there fits them.
 """
 

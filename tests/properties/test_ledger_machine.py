@@ -1,8 +1,9 @@
-"""The life of payouts in any order that Hypothesis can think of, on real PostgreSQL: after every step each rule holds.
+"""The life of payouts and payins in any order that Hypothesis can think of, on real PostgreSQL: all rules hold after every step.
 
 Two shops with little money, few external ids, every recipient of the sandbox; merchants that cancel; workers that are paused
-before or after their call, speak late and twice; a bank that speaks by itself, repeats itself and names wrong sums; rivals on
-connections of their own; time that jumps. `LEDGER_EXAMPLES=2000` looks longer, and elsewhere every time.
+before or after their call, speak late and twice; payers that pay, or pay another sum; a bank that speaks by itself, repeats
+itself and names wrong sums; rivals on connections of their own; time that jumps. `LEDGER_EXAMPLES=2000` looks longer, and
+elsewhere every time.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from uuid import UUID, uuid4
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, invariant, rule, run_state_machine_as_test
 
 from common.canceling import cancel, expire_page
 from common.db.callbacks import claim_callbacks
@@ -32,6 +33,7 @@ from gateway.accept import Accepted, Order
 from tests.conftest import Server
 from tests.factories import Merchant, execute, fetch, order
 from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, cloned, desk, forge
+from tests.properties.payin_rules import PayinRules
 from worker.callbacks.deliver import Ended as Delivered
 from worker.callbacks.deliver import record_attempts
 from worker.callbacks.send import Attempt
@@ -74,7 +76,7 @@ class Paused:
     era: int
 
 
-class LedgerMachine(RuleBasedStateMachine):
+class LedgerMachine(PayinRules):
     """What we expect to be there: per shop and external id, whose create was accepted, and with which content."""
 
     server: ClassVar[Server]
@@ -259,6 +261,7 @@ class LedgerMachine(RuleBasedStateMachine):
         """Time goes on until everything that waits is due, leases and what the bank will say included."""
         self._era += 1
         self._run(self._desk.make_due())
+        self._run(self._desk.make_payins_due())
         said = "UPDATE rail_events SET due_at = now() - interval '1 second' WHERE applied_at IS NULL"
         self._run(execute(self._desk.owner, said))
 
@@ -295,7 +298,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def expire(self) -> None:
         """Time is over for those that had some; the sweep ends what was not sent in time."""
-        for table in ("payouts", "payout_due"):
+        for table in ("payouts", "payout_due", "payins"):
             past = f"UPDATE {table} SET expires_at = now() - interval '1 second' WHERE expires_at IS NOT NULL"
             self._run(forge(self.server, self._url, past))
         self._run(self._expire())
@@ -350,6 +353,7 @@ class LedgerMachine(RuleBasedStateMachine):
         workers = [self._desk.settler(rail_timeout_seconds=PATIENCE_SECONDS) for _ in range(2)]
         await asyncio.gather(
             *(self._desk.settle(worker) for worker in workers),
+            *(self._desk.collect() for _ in range(2)),
             *(self._cancel(key) for key in keys),
             self._hear(),
             self._expire(),

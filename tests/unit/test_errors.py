@@ -43,6 +43,7 @@ CONTRACT = {
     "signature_invalid": (401, "unauthorized", "Invalid signature"),
     "access_denied": (403, "forbidden", "Access denied"),
     "payout_not_found": (404, "not_found", "Payout not found"),
+    "payin_not_found": (404, "not_found", "PayIn not found"),
     "route_not_found": (404, "not_found", "Not found"),
     "method_not_allowed": (405, "method_not_allowed", "Method not allowed"),
     "body_too_large": (413, "payload_too_large", "Request body is larger than 64 KiB"),
