@@ -1,4 +1,4 @@
-"""The life of payouts and payins in any order that Hypothesis can think of, on real PostgreSQL: all rules hold after every step.
+"""Payouts and payins in any order that Hypothesis can think of, on real PostgreSQL: all rules hold after every step.
 
 Two shops with little money, few external ids, every recipient of the sandbox; merchants that cancel; workers that are paused
 before or after their call, speak late and twice; payers that pay, or pay another sum; a bank that speaks by itself, repeats
