@@ -1,4 +1,4 @@
-"""A payout's whole story, for operators: everything that is stored about it but who is paid."""
+"""A payout's or payin's whole story, for operators: everything that is stored about it but who is paid."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -16,6 +16,9 @@ from common.db.tables import (
     discrepancies,
     events,
     merchants,
+    payin_due,
+    payin_moves,
+    payins,
     payout_attempts,
     payout_due,
     payouts,
@@ -215,3 +218,79 @@ async def _find_actions(tx: Tx, subjects: Sequence[str]) -> Sequence[StoredRow]:
         .order_by(audit.c.id)
     )
     return (await tx.execute(query)).all()
+
+
+@dataclass(frozen=True, slots=True)
+class PayinStory:
+    """What is stored about one payin: rows of each table, oldest first. `due` None: nothing is left to ask."""
+
+    payin: StoredRow
+    due: StoredRow | None
+    moves: Sequence[StoredRow]
+    entries: Sequence[StoredRow]
+    events_of_rail: Sequence[StoredRow]
+    discrepancies: Sequence[StoredRow]
+    events: Sequence[StoredRow]
+    callbacks: Sequence[StoredRow]
+
+
+async def find_payins(
+    tx: Tx, *, payin_id: UUID | None = None, external_id: str | None = None, shop: tuple[str, str] | None = None
+) -> Sequence[StoredRow]:
+    """The payins of that id, or of that `external_id` in any shop, or in the one of those codes; at most `FOUND_MAX`."""
+    query = (
+        select(payins, merchants.c.code.label("merchant"), shops.c.code.label("shop"), shops.c.currency_exponent)
+        .join(shops, shops.c.id == payins.c.shop_id)
+        .join(merchants, merchants.c.id == shops.c.merchant_id)
+        .order_by(merchants.c.code, shops.c.code)
+        .limit(FOUND_MAX)
+    )
+    if payin_id is not None:
+        query = query.where(payins.c.id == payin_id)
+    if external_id is not None:
+        query = query.where(payins.c.external_id == external_id)
+    if shop is not None:
+        query = query.where(merchants.c.code == shop[0], shops.c.code == shop[1])
+    return (await tx.execute(query)).all()
+
+
+# The kinds are spelled out for the partial indexes on them, as above.
+_PAYIN_ENTRIES = text(
+    """
+    SELECT seq, kind, contra, amount_minor, posted_after_minor, held_after_minor, created_at FROM entries
+     WHERE payin_id = :payin_id AND shop_id = :shop_id AND kind = 'payin'
+     UNION ALL
+    SELECT seq, kind, contra, amount_minor, posted_after_minor, held_after_minor, created_at FROM entries
+     WHERE payin_id = :payin_id AND shop_id = :shop_id AND kind = 'payin_refund'
+     ORDER BY seq
+    """
+)
+
+
+async def find_payin_story(tx: Tx, payin: StoredRow) -> PayinStory:
+    """Everything about a payin that `find_payins` found."""
+    due = select(payin_due).where(payin_due.c.payin_id == payin.id, payin_due.c.shop_id == payin.shop_id)
+    moves = select(payin_moves).where(payin_moves.c.payin_id == payin.id, payin_moves.c.shop_id == payin.shop_id)
+    doubts = select(discrepancies).where(discrepancies.c.payin_id == payin.id).order_by(discrepancies.c.opened_at)
+    told = select(events).where(events.c.payin_id == payin.id, events.c.shop_id == payin.shop_id)
+    events_told = (await tx.execute(told.order_by(events.c.sequence))).all()
+    called = (
+        select(callbacks, callback_due.c.due_at)
+        .join(
+            callback_due,
+            (callback_due.c.event_id == callbacks.c.event_id) & (callback_due.c.shop_id == callbacks.c.shop_id),
+            isouter=True,
+        )
+        .where(callbacks.c.event_id.in_([event.id for event in events_told]), callbacks.c.shop_id == payin.shop_id)
+        .order_by(callbacks.c.created_at)
+    )
+    return PayinStory(
+        payin=payin,
+        due=(await tx.execute(due)).one_or_none(),
+        moves=(await tx.execute(moves.order_by(payin_moves.c.version))).all(),
+        entries=(await tx.execute(_PAYIN_ENTRIES, {"payin_id": payin.id, "shop_id": payin.shop_id})).all(),
+        events_of_rail=await _find_words(tx, {payin.reference}),
+        discrepancies=(await tx.execute(doubts)).all(),
+        events=events_told,
+        callbacks=(await tx.execute(called)).all(),
+    )

@@ -19,6 +19,7 @@ from ops.cli.doctor import doctor_command
 from ops.cli.errors import Refused
 from ops.cli.parked import parked_group
 from ops.cli.parties import key_group, merchant_group, shop_group
+from ops.cli.payins import payin_group
 from ops.cli.payouts import payout_group
 from ops.cli.rails import rail_group
 from ops.cli.resolving import list_waiting_command, resolve_command
@@ -38,6 +39,7 @@ _COMMANDS: Final = (
     rail_group,
     balance_group,
     payout_group,
+    payin_group,
     callbacks_group,
     discrepancies_group,
     parked_group,

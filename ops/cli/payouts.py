@@ -43,8 +43,7 @@ def show_payout_command(payout_id: str, shop: tuple[str, str] | None, as_json: b
         print_json({"payout": payout, "story": moments})
         return
     print_record(payout)
-    click.echo()
-    print_table([_summarize(moment) for moment in moments])
+    print_story(moments)
 
 
 async def find_one_payout(tx: Tx, text: str, shop: tuple[str, str] | None = None) -> StoredRow:
@@ -95,22 +94,22 @@ def tell(story: Story) -> list[dict[str, Any]]:
     """What happened, in order of time; what one transaction did, in the order of cause and effect."""
     moments = [
         *_tell_states(story.payout, story.attempts),
-        *(_tell_entry(entry, story.payout.currency_exponent) for entry in story.entries),
-        *(_tell_word(word, story.payout.currency_exponent) for word in story.words),
-        *(_tell_discrepancy(discrepancy) for discrepancy in story.discrepancies),
-        *(_tell_event(event) for event in story.events),
-        *(moment for callback in story.callbacks for moment in _tell_callback(callback)),
+        *(tell_entry(entry, story.payout.currency_exponent) for entry in story.entries),
+        *(tell_word(word, story.payout.currency_exponent) for word in story.words),
+        *(tell_discrepancy(discrepancy) for discrepancy in story.discrepancies),
+        *(tell_event(event) for event in story.events),
+        *(told for callback in story.callbacks for told in tell_callback(callback)),
         *(_tell_delivery(delivery) for delivery in story.deliveries),
-        *(_moment(a.at, "operator", actor=a.actor, action=a.action, reason=a.reason) for a in story.actions),
+        *(moment(a.at, "operator", actor=a.actor, action=a.action, reason=a.reason) for a in story.actions),
     ]
-    return sorted(moments, key=lambda moment: moment["at"])
+    return sorted(moments, key=lambda told: told["at"])
 
 
 def _tell_states(payout: StoredRow, attempts: Sequence[StoredRow]) -> Iterator[dict[str, Any]]:
     """The first state and the present one; the attempts tell of those between."""
-    yield _moment(payout.created_at, "payout", state=State.QUEUED.value)
+    yield moment(payout.created_at, "payout", state=State.QUEUED.value)
     for attempt in attempts:
-        yield _moment(
+        yield moment(
             attempt.started_at,
             "attempt",
             number=attempt.attempt_no,
@@ -119,7 +118,7 @@ def _tell_states(payout: StoredRow, attempts: Sequence[StoredRow]) -> Iterator[d
             reference=attempt.reference,
         )
         if attempt.finished_at is not None:
-            yield _moment(
+            yield moment(
                 attempt.finished_at,
                 "attempt",
                 number=attempt.attempt_no,
@@ -127,11 +126,12 @@ def _tell_states(payout: StoredRow, attempts: Sequence[StoredRow]) -> Iterator[d
                 detail=attempt.detail,
             )
     if payout.version > 1:
-        yield _moment(payout.updated_at, "payout", state=payout.state, failure=payout.failure_code)
+        yield moment(payout.updated_at, "payout", state=payout.state, failure=payout.failure_code)
 
 
-def _tell_entry(entry: StoredRow, exponent: int) -> dict[str, Any]:
-    return _moment(
+def tell_entry(entry: StoredRow, exponent: int) -> dict[str, Any]:
+    """How money moved."""
+    return moment(
         entry.created_at,
         "entry",
         seq=entry.seq,
@@ -143,9 +143,9 @@ def _tell_entry(entry: StoredRow, exponent: int) -> dict[str, Any]:
     )
 
 
-def _tell_word(word: StoredRow, exponent: int) -> dict[str, Any]:
+def tell_word(word: StoredRow, exponent: int) -> dict[str, Any]:
     """What the rail said by itself."""
-    return _moment(
+    return moment(
         word.received_at,
         "word",
         rail=word.rail,
@@ -158,8 +158,9 @@ def _tell_word(word: StoredRow, exponent: int) -> dict[str, Any]:
     )
 
 
-def _tell_discrepancy(discrepancy: StoredRow) -> dict[str, Any]:
-    return _moment(
+def tell_discrepancy(discrepancy: StoredRow) -> dict[str, Any]:
+    """A contradiction for people."""
+    return moment(
         discrepancy.opened_at,
         "discrepancy",
         id=discrepancy.id,
@@ -171,8 +172,9 @@ def _tell_discrepancy(discrepancy: StoredRow) -> dict[str, Any]:
     )
 
 
-def _tell_event(event: StoredRow) -> dict[str, Any]:
-    return _moment(
+def tell_event(event: StoredRow) -> dict[str, Any]:
+    """What merchants are told."""
+    return moment(
         event.created_at,
         "event",
         id=render_id(EVENT, event.id),
@@ -182,15 +184,16 @@ def _tell_event(event: StoredRow) -> dict[str, Any]:
     )
 
 
-def _tell_callback(callback: StoredRow) -> Iterator[dict[str, Any]]:
+def tell_callback(callback: StoredRow) -> Iterator[dict[str, Any]]:
+    """That somebody is to be called, and how that ended."""
     event = render_id(EVENT, callback.event_id)
-    yield _moment(callback.created_at, "callback", event=event, url=callback.url, due_at=callback.due_at)
+    yield moment(callback.created_at, "callback", event=event, url=callback.url, due_at=callback.due_at)
     if callback.finished_at is not None:
-        yield _moment(callback.finished_at, "callback", event=event, state=callback.state)
+        yield moment(callback.finished_at, "callback", event=event, state=callback.state)
 
 
 def _tell_delivery(delivery: StoredRow) -> dict[str, Any]:
-    return _moment(
+    return moment(
         delivery.started_at,
         "delivery",
         event=render_id(EVENT, delivery.event_id),
@@ -204,12 +207,19 @@ def _tell_delivery(delivery: StoredRow) -> dict[str, Any]:
     )
 
 
-def _moment(at: datetime, what: str, **facts: object) -> dict[str, Any]:
+def moment(at: datetime, what: str, **facts: object) -> dict[str, Any]:
+    """Something that happened: when, what, and its facts."""
     return {"at": at, "what": what, **facts}
 
 
-def _summarize(moment: Record) -> Record:
+def print_story(moments: Sequence[Record]) -> None:
+    """What happened, a row each."""
+    click.echo()
+    print_table([_summarize(told) for told in moments])
+
+
+def _summarize(told: Record) -> Record:
     """A moment as a row: its facts by name, as far as they say anything."""
-    facts = {name: render_cell(value) for name, value in moment.items() if value and name not in _FOR_PROGRAMS}
+    facts = {name: render_cell(value) for name, value in told.items() if value and name not in _FOR_PROGRAMS}
     words = " · ".join(f"{name} {text[:_FACT_CHARACTERS_MAX]}" for name, text in facts.items())
-    return {"time (UTC)": moment["at"], "what": moment["what"], "facts": words}
+    return {"time (UTC)": told["at"], "what": told["what"], "facts": words}

@@ -23,7 +23,7 @@ from common.db.engine import in_transaction
 from common.db.invariants import RULES
 from common.db.merchants import find_api_key
 from common.db.rail_events import NewRailEvent, append_rail_events
-from common.domain.ids import EVENT, PAYOUT, new_id, render_id
+from common.domain.ids import EVENT, PAYIN, PAYOUT, new_id, render_id
 from common.domain.signing import sign_v1
 from common.sealing import API_KEY_PURPOSE
 from migrations.run import newest_revision
@@ -598,6 +598,30 @@ async def test_the_story_of_an_unfinished_payout_says_what_is_next(terminal: Ter
         *("pending", "verifying", "sandbox", False),
     )
     assert payout["due_at"] > payout["created_at"]
+
+
+async def test_the_story_of_a_payin_tells_its_money_and_what_its_rail_said(
+    terminal: Terminal, shop_floor: Desk
+) -> None:
+    merchant = await shop_floor.merchant()
+    payin_id = await shop_floor.create_payin(merchant, amount_minor=1004, external_id="IN-1", callback_url=URL)
+    waiting = (await terminal.run("payin", "show", "IN-1", "--json")).document
+    assert (waiting["payin"]["status"], waiting["payin"]["look_ups"]) == ("pending", 0)
+    await shop_floor.collect()
+    await execute(shop_floor.owner, "UPDATE rail_events SET due_at = now()")
+    await hear(shop_floor.worker)
+
+    document = (await terminal.run("payin", "show", render_id(PAYIN, payin_id), "--json")).document
+    assert (document["payin"]["status"], document["payin"]["due_at"]) == ("refunded", None)
+    told = [(item["what"], item.get("state") or item.get("kind") or item.get("type")) for item in document["story"]]
+    for expected in (
+        *(("payin", "pending"), ("payin", "success"), ("payin", "refunded"), ("entry", "payin")),
+        *(("entry", "payin_refund"), ("event", "payin.success"), ("event", "payin.refunded")),
+    ):
+        assert expected in told
+    (await terminal.run("payin", "show", "IN-1")).assert_shown("10.04", "refunded", "payin_refund", URL)
+    (await terminal.run("payin", "show", "IN-9")).assert_refused("no payin IN-9")
+    (await terminal.run("callbacks", "list")).assert_shown(render_id(PAYIN, payin_id))
 
 
 async def test_an_external_id_of_several_shops_asks_which(terminal: Terminal, shop_floor: Desk) -> None:
