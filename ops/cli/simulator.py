@@ -47,7 +47,11 @@ def simulator_command(
     pace_seconds: float,
     slow_seconds: float,
 ) -> None:
-    """Be a bank: answer `worker/rails/PROTOCOL.md` below http://127.0.0.1:PORT until Ctrl-C, and keep books of it."""
+    """Be a bank: answer `worker/rails/PROTOCOL.md` below http://127.0.0.1:PORT until Ctrl-C, and keep books of it.
+
+    Payers pay in at its counter: POST /counter/REFERENCE {"amount_minor": 5000, "currency": "BDT"}, and get their money back
+    by POST /counter/REFERENCE/return.
+    """
     bank = Bank(
         Ledger(ledger),
         SeededMood(mood, seed),
