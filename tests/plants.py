@@ -165,6 +165,13 @@ PLANTS: Final = (
         (_CREDITING,),
     ),
     Plant(
+        "one operator may resolve alone, says the schema",
+        "migrations/versions/0006_resolutions.py",
+        "                               AND lower(second.actor) <> lower(first.actor)\n",
+        "",
+        ("tests/integration/test_schema_refuses.py",),
+    ),
+    Plant(
         "one operator resolves alone",
         "ops/resolving.py",
         "    if known.actor.casefold() == actor.casefold():\n",

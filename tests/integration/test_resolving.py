@@ -73,7 +73,7 @@ async def test_one_operator_is_not_two(terminal: Terminal, floor: Desk, doubtful
     (await terminal.run("payout", "resolve", "PAY-1", "--success", *ALICE)).assert_shown("waits")
     for name in ("alice", "ALICE"):
         again = await terminal.run("payout", "resolve", "PAY-1", "--success", "--actor", name, "--evidence", "again")
-        again.assert_refused("another operator")
+        again.assert_refused("alice has said so already")
     (await terminal.run("payout", "resolve", "PAY-1", "--failed", *BOB)).assert_refused("alice said paid")
     assert await floor.count("rail_events") == 0
     assert await floor.state(doubtful) == "verifying"
