@@ -205,7 +205,7 @@ def _plan(
     was_declined = history is not None and history.was_declined
     seen = payout
     for event in words:
-        if history is not None and _must_wait(history, event):
+        if seen is not None and history is not None and _must_wait(seen, history, event):
             plan.waiting.append(event)
             continue
         verdict = _judge(seen, event, patience, was_declined=was_declined)
@@ -228,9 +228,13 @@ def _plan(
     return plan
 
 
-def _must_wait(history: History, event: RailEvent) -> bool:
-    """While a call is under way only "paid" is heard: another word may be about an earlier one, and the answer will tell."""
-    return history.open_no is not None and event.outcome not in (Outcome.PAID, Outcome.RETURNED)
+def _must_wait(payout: LockedPayout, history: History, event: RailEvent) -> bool:
+    """While a call is under way only "paid" is heard: another word may be about an earlier one, and the answer will tell.
+
+    Of a payout that has ended no answer tells anything any more; the worker that asked may be gone for good.
+    """
+    is_open = history.open_no is not None and not payout.state.is_final
+    return is_open and event.outcome not in (Outcome.PAID, Outcome.RETURNED)
 
 
 def _judge(

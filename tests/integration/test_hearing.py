@@ -138,6 +138,21 @@ async def test_a_final_word_ends_a_payout_in_whatever_stage_it_is(
     await working.settle()
 
 
+async def test_words_after_the_end_are_heard_though_a_worker_died_in_a_question(working: Desk) -> None:
+    payout_id = await in_state(working, await working.merchant(), "verifying")
+    await working.make_due()
+    (call,) = await working.claim()
+    assert call.action == "look_up"
+    await say(working, payout_id, "paid")
+    await listen(working)
+    assert await working.state(payout_id) == "success"
+    await say(working, payout_id, "submitted")
+    await say(working, payout_id, "declined")
+    await listen(working)
+    assert await effects(working) == ["moved", "known", "discrepancy"]
+    assert await discrepancies(working) == [("status", "declined", "success")]
+
+
 @pytest.mark.parametrize(
     ("state", "word"),
     [
