@@ -25,6 +25,9 @@ from common.process import end_tasks
 BATCH_MAX: Final = 8
 PREFETCH: Final = 2 * BATCH_MAX
 CANCEL_TIMEOUT_SECONDS: Final = 2.0
+# A queue that delivered nothing for this long is subscribed to anew: one that was being deleted when we subscribed takes the
+# subscription with it and says nothing (RabbitMQ 3.10.8, quorum queues).
+QUIET_SECONDS: Final = 5.0
 _FAILED_CLAIM_SECONDS: Final = 1.0
 
 CONSUMED: Final = Counter(
@@ -83,7 +86,8 @@ class Consumer:
         parking: set[asyncio.Task[None]] = set()
         try:
             while not epoch.is_stopping():
-                await epoch.wait()
+                await epoch.wait(QUIET_SECONDS)
+                await epoch.renew_quiet()
                 while not epoch.is_stopping() and (batch := epoch.take(BATCH_MAX)):
                     await self._work_on(epoch, batch, parking)
             await end_tasks(parking, 0)
@@ -202,6 +206,7 @@ class _Epoch:
         self._arrived = asyncio.Event()
         self._unacknowledged: set[int] = set()
         self._queues: dict[str, str] = {}
+        self._heard_at: dict[str, float] = {}
         self._stopping: asyncio.Future[None] = loop.create_future()
         self._closed: asyncio.Future[None] = loop.create_future()
         # Watched once for the epoch's whole life: each access to `closing` makes another observer.
@@ -220,17 +225,32 @@ class _Epoch:
         for queue in queues:
             consumer = await self._channel.basic_consume(queue, self._on_message)
             self._queues[str(consumer.consumer_tag)] = queue
+            self._heard_at[queue] = monotonic()
+
+    async def renew_quiet(self) -> None:
+        """Subscribe anew to queues that are quiet; what they have delivered stays ours. Raises: what the broker says."""
+        quiet_since = monotonic() - QUIET_SECONDS
+        for tag, queue in list(self._queues.items()):
+            if self._heard_at[queue] <= quiet_since:
+                async with asyncio.timeout(OPEN_TIMEOUT_SECONDS):
+                    await self._channel.basic_cancel(tag)
+                    del self._queues[tag]
+                    await self.consume([queue])
 
     async def _on_message(self, delivered: DeliveredMessage) -> None:
         self._buffer.append(delivered)
+        self._heard_at[self.queue_of(delivered)] = monotonic()
         self._unacknowledged.add(_tag(delivered))
         self._arrived.set()
 
-    async def wait(self) -> None:
-        """Return when something was delivered, or it is time to stop. Raises: `_Lost` when no more will come."""
+    async def wait(self, seconds: float) -> None:
+        """Return when something was delivered, it is time to stop, or so long has passed.
+
+        Raises: `_Lost` when no more will come.
+        """
         arrived = asyncio.ensure_future(self._arrived.wait())
         try:
-            await _first(arrived, self._stopping, self._closed)
+            await _first(arrived, self._stopping, self._closed, seconds=seconds)
         finally:
             arrived.cancel()
         self._arrived.clear()
