@@ -30,6 +30,9 @@ class LogEvent(StrEnum):
     RAIL_EVENT_REFUSED = "rail.event_refused"
     RAIL_UNUSABLE = "rail.unusable"
     CALLBACK_ATTEMPTED = "callback.attempted"
+    CALLBACK_PUT_ASIDE = "callback.put_aside"
+    LANE_HELD = "lane.held"
+    LANE_MENDED = "lane.mended"
     SECRET_UNSEALABLE = "secret.unsealable"  # noqa: S105 an event
     BROKER_CONNECTED = "broker.connected"
     BROKER_LOST = "broker.lost"

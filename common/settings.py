@@ -323,7 +323,31 @@ class Settings:
         "PAYOUTS_SANDBOX_SETTLE_SECONDS", _decimal(0, 3600), "60", "from `submitted` to success for recipient 0001"
     )
     callback_concurrency: int = _setting(
-        "PAYOUTS_CALLBACK_CONCURRENCY", _integer(1, 10_000), "200", "callbacks in flight per process"
+        "PAYOUTS_CALLBACK_CONCURRENCY", _integer(1, 10_000), "256", "callbacks in flight per process"
+    )
+    callback_lane_concurrency: int = _setting(
+        "PAYOUTS_CALLBACK_LANE_CONCURRENCY",
+        _integer(1, 10_000),
+        "64",
+        "of these, to one origin of one shop: what it can hold up when it falls silent",
+    )
+    callback_retry_share: float = _setting(
+        "PAYOUTS_CALLBACK_RETRY_SHARE",
+        _decimal(0.01, 1),
+        "0.5",
+        "part of these that may have failed before; the rest is kept for first attempts",
+    )
+    callback_slow_share: float = _setting(
+        "PAYOUTS_CALLBACK_SLOW_SHARE",
+        _decimal(0.01, 1),
+        "0.3",
+        "part of these for receivers that take over 2 s, or that nobody knows yet",
+    )
+    callback_hold_hours: float = _setting(
+        "PAYOUTS_CALLBACK_HOLD_HOURS",
+        _decimal(1, 8760),
+        "120",
+        "of nothing but failures, until a lane is held for people; its callbacks are kept",
     )
     callback_timeout_seconds: float = _setting(
         "PAYOUTS_CALLBACK_TIMEOUT_SECONDS", _decimal(0.1, 120), "17", "hard deadline of one callback attempt"

@@ -16,6 +16,7 @@ from common.db.checks import begin_checks, check_step
 from common.db.due import Claim
 from common.db.engine import Engine, Tx, create_engine, in_transaction
 from common.db.invariants import verify
+from common.db.lanes import ClaimedCallback, Lease, Room, claim_in_turn, claim_told_of, find_fresh, release_lapsed
 from common.db.payins import append_payin
 from common.errors import PayoutsError
 from common.settings import Settings
@@ -238,3 +239,33 @@ async def pass_over(worker: Engine, *, rows_max: int) -> dict[str, set[str]]:
 async def assert_sound(owner: Engine) -> None:
     """Every rule of the ledger holds."""
     assert await broken_rules(owner) == {}
+
+
+async def take_callbacks(tx: Tx, token: UUID, claim_max: int = 100) -> list[ClaimedCallback]:
+    """What a worker with room for so many claims, in all its ways: what lapsed, what no lane knows of, what waits in lanes."""
+    await release_lapsed(tx)
+    fresh = await find_fresh(tx, overdue_seconds=0.0, rows_max=claim_max)
+    lease = Lease(token, 60.0)
+    taken = await claim_told_of(tx, lease, _room(claim_max), fresh) if fresh else []
+    if len(taken) < claim_max:
+        taken += await claim_in_turn(tx, lease, _room(claim_max - len(taken)))
+    return taken
+
+
+def _room(total: int) -> Room:
+    return Room(total=total, retries=total, slow=total, lane=total, busy={})
+
+
+async def pass_callback_time(owner: Engine) -> None:
+    """Travel to the time when every callback is due, leases included, and lanes have nothing against their receivers."""
+    await execute(owner, "UPDATE callback_due SET due_at = now() - interval '1 second'")
+    await heal_lanes(owner)
+
+
+async def heal_lanes(owner: Engine) -> None:
+    """Have lanes forget whatever went wrong, and look when their next callback is due."""
+    await execute(
+        owner,
+        "UPDATE callback_lanes SET cap = 256, trouble = 0, opened = 0, blocked_until = '-infinity', ready_at = now()"
+        " WHERE held_at IS NULL",
+    )

@@ -19,6 +19,8 @@ from common.process import end_tasks, stop_requested
 from common.settings import Settings
 from worker.callbacks.deliver import Deliverer
 from worker.callbacks.send import open_session
+from worker.callbacks.upkeep import INTERVAL_SECONDS as KEEP_INTERVAL_SECONDS
+from worker.callbacks.upkeep import LaneKeeper
 from worker.checking import STEP_INTERVAL_SECONDS, Checker
 from worker.collecting import INTERVAL_SECONDS as COLLECT_INTERVAL_SECONDS
 from worker.collecting import Collector
@@ -36,6 +38,7 @@ _INTERVALS_SECONDS: Final = {
     "sweep": INTERVAL_SECONDS,
     "check": STEP_INTERVAL_SECONDS,
     "collect": COLLECT_INTERVAL_SECONDS,
+    "keep lanes": KEEP_INTERVAL_SECONDS,
 }
 
 
@@ -102,6 +105,7 @@ class Worker:
         if "sweep" in roles:
             self.roles["sweep"] = Sweeper(engine, tell=self._tell)
             self.roles["check"] = Checker(engine)
+            self.roles["keep lanes"] = LaneKeeper(engine, hold_seconds=self._settings.callback_hold_hours * 3600)
 
     def links(self) -> list[Link]:
         """The connections to RabbitMQ that the roles need; none without `AMQP_URL`. Publishing has one of its own."""

@@ -15,6 +15,8 @@ class Ages:
     callback_seconds: float
 
 
+# Of callbacks: what no lane knows of yet, what a worker that is gone has taken, and lanes whose turn has come; what waits in a
+# lane that rests, is full or is held waits for its receiver, not for a worker.
 # The first row of each (rail, shop) is its oldest: the same loose scan as a claim makes.
 _AGES = text(
     """
@@ -28,8 +30,10 @@ _AGES = text(
              SELECT min(oldest.due_at) FROM lanes CROSS JOIN LATERAL (
                SELECT d.due_at FROM payout_due d WHERE d.rail = lanes.rail AND d.shop_id = lanes.shop_id
                 ORDER BY d.due_at LIMIT 1) oldest)), 0), 0)::float8 AS payout_seconds,
-           coalesce(greatest(extract(epoch FROM now() - (
-             SELECT due_at FROM callback_due ORDER BY due_at LIMIT 1)), 0), 0)::float8 AS callback_seconds
+           coalesce(greatest(extract(epoch FROM now() - least(
+             (SELECT due_at FROM callback_due WHERE lease_token IS NULL AND NOT in_lane ORDER BY due_at LIMIT 1),
+             (SELECT due_at FROM callback_due WHERE lease_token IS NOT NULL ORDER BY due_at LIMIT 1),
+             (SELECT ready_at FROM callback_lanes ORDER BY ready_at LIMIT 1))), 0), 0)::float8 AS callback_seconds
     """
 )
 

@@ -8,6 +8,7 @@ from uuid import UUID
 from sqlalchemy import text
 
 from common.db.engine import Tx, arrays_of
+from common.domain.addresses import origin_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,59 +24,46 @@ class Event:
     url: str | None
     payin_id: UUID | None = None
 
+    @property
+    def origin(self) -> str | None:
+        """Where the URL leads: with the shop, the lane that its callback takes."""
+        return None if self.url is None else origin_of(self.url)
+
 
 def ids_to_tell(events: Collection[Event]) -> list[tuple[UUID, UUID]]:
     """Event and shop of those that somebody is to be called about."""
     return [(event.id, event.shop_id) for event in events if event.url is not None]
 
 
+# In the order of their ids, so that two who make the same lanes do not wait for each other.
+_LANES_MADE = """
+    shares AS (
+      INSERT INTO callback_shares (merchant_id)
+      SELECT DISTINCT s.merchant_id FROM fresh f JOIN shops s ON s.id = f.shop_id WHERE f.origin IS NOT NULL ORDER BY 1
+          ON CONFLICT DO NOTHING),
+    lanes AS (
+      INSERT INTO callback_lanes (id, shop_id, merchant_id, origin)
+      SELECT DISTINCT callback_lane_id(f.shop_id, f.origin), f.shop_id, s.merchant_id, f.origin
+        FROM fresh f JOIN shops s ON s.id = f.shop_id WHERE f.origin IS NOT NULL ORDER BY 1
+          ON CONFLICT DO NOTHING)"""
+
 _APPEND_EVENTS = text(
-    """
+    f"""
     WITH fresh AS (
       SELECT * FROM unnest(CAST(:id AS uuid[]), CAST(:shop_id AS uuid[]), CAST(:payout_id AS uuid[]),
                            CAST(:sequence AS int[]), CAST(:type AS text[]), CAST(:body AS bytea[]), CAST(:url AS text[]),
-                           CAST(:payin_id AS uuid[]))
-        AS e (id, shop_id, payout_id, sequence, type, body, url, payin_id)),
+                           CAST(:payin_id AS uuid[]), CAST(:origin AS text[]))
+        AS e (id, shop_id, payout_id, sequence, type, body, url, payin_id, origin)),
+    {_LANES_MADE},
     told AS (
       INSERT INTO callbacks (event_id, shop_id, payout_id, payin_id, url)
       SELECT id, shop_id, payout_id, payin_id, url FROM fresh WHERE url IS NOT NULL),
     due AS (
-      INSERT INTO callback_due (event_id, shop_id) SELECT id, shop_id FROM fresh WHERE url IS NOT NULL)
+      INSERT INTO callback_due (event_id, shop_id, lane_id)
+      SELECT id, shop_id, callback_lane_id(shop_id, origin) FROM fresh WHERE url IS NOT NULL)
     INSERT INTO events (id, shop_id, payout_id, payin_id, sequence, type, body)
     SELECT id, shop_id, payout_id, payin_id, sequence, type, body FROM fresh
     """
-)
-
-# By time; or by the ids that somebody told us of, one probe for each.
-_PICKED_DUE = """
-      SELECT d.event_id, d.shop_id FROM callback_due d
-       WHERE d.due_at <= now() - make_interval(secs => CAST(:overdue_seconds AS float8))
-       ORDER BY d.due_at LIMIT CAST(:claim_max AS int) FOR UPDATE SKIP LOCKED"""
-_PICKED_IDS = """
-      SELECT d.event_id, d.shop_id FROM (SELECT DISTINCT unnest(CAST(:ids AS uuid[])) AS id ORDER BY 1) w
-       CROSS JOIN LATERAL (
-         SELECT event_id, shop_id FROM callback_due
-          WHERE event_id = w.id AND due_at + interval '0' <= now() LIMIT 1 FOR UPDATE SKIP LOCKED) d
-       LIMIT CAST(:claim_max AS int)"""
-
-_CLAIM_CALLBACKS, _CLAIM_CALLBACK_IDS = (
-    text(
-        f"""
-        WITH picked AS ({picked}),
-        leased AS (
-          UPDATE callback_due d
-             SET lease_token = CAST(:token AS uuid), attempts_made = d.attempts_made + 1,
-                 due_at = now() + make_interval(secs => CAST(:lease_seconds AS float8))
-            FROM picked WHERE d.event_id = picked.event_id AND d.shop_id = picked.shop_id
-          RETURNING d.event_id, d.shop_id, d.step, d.attempts_made)
-        SELECT l.event_id, l.shop_id, l.step, l.attempts_made AS attempt_no, c.url, e.body, s.webhook_secret_sealed
-          FROM leased l
-          JOIN callbacks c ON c.event_id = l.event_id AND c.shop_id = l.shop_id
-          JOIN events e ON e.id = l.event_id AND e.shop_id = l.shop_id
-          JOIN shops s ON s.id = l.shop_id
-        """
-    )
-    for picked in (_PICKED_DUE, _PICKED_IDS)
 )
 
 _LOCK_CALLBACK_DUE = text(
@@ -115,7 +103,8 @@ _FINISH_CALLBACKS = text(
 _RESCHEDULE_CALLBACKS = text(
     """
     UPDATE callback_due d
-       SET lease_token = NULL, step = r.step, due_at = now() + make_interval(secs => r.delay_seconds)
+       SET lease_token = NULL, in_lane = true, step = r.step, lost_leases = 0, resume_at = NULL,
+           due_at = greatest(now() + make_interval(secs => r.delay_seconds), d.resume_at)
       FROM unnest(CAST(:ids AS uuid[]), CAST(:steps AS int[]), CAST(:delays AS float8[])) AS r (event_id, step, delay_seconds)
      WHERE d.event_id = r.event_id
     """
@@ -123,44 +112,9 @@ _RESCHEDULE_CALLBACKS = text(
 
 
 async def append_events(tx: Tx, events: Sequence[Event]) -> None:
-    """Store events, and the callback of each that has somebody to call, due now."""
+    """Store events, and the callback of each that has somebody to call, due now; the first one to an origin makes its lane."""
     if events:
-        await tx.execute(_APPEND_EVENTS, arrays_of(events, Event))
-
-
-@dataclass(frozen=True, slots=True)
-class ClaimedCallback:
-    """A callback under our lease: what to send, where, and as which attempt. `step` counts scheduled attempts from 0."""
-
-    event_id: UUID
-    shop_id: UUID
-    step: int
-    attempt_no: int
-    url: str
-    body: bytes
-    webhook_secret_sealed: bytes
-
-
-async def claim_callbacks(
-    tx: Tx,
-    *,
-    token: UUID,
-    lease_seconds: float,
-    claim_max: int,
-    event_ids: Sequence[UUID] | None = None,
-    overdue_seconds: float = 0.0,
-) -> list[ClaimedCallback]:
-    """Take callbacks that are due under a lease: those of these events, else those that are due longest; others' are skipped.
-
-    `overdue_seconds`: how long past due the latter must be; messages have the first go.
-    Locks: the due rows taken.
-    """
-    lease = {"token": token, "lease_seconds": lease_seconds, "claim_max": claim_max}
-    if event_ids is None:
-        rows = await tx.execute(_CLAIM_CALLBACKS, {**lease, "overdue_seconds": overdue_seconds})
-    else:
-        rows = await tx.execute(_CLAIM_CALLBACK_IDS, {**lease, "ids": list(event_ids)})
-    return [ClaimedCallback(**row._mapping) for row in rows]
+        await tx.execute(_APPEND_EVENTS, {**arrays_of(events, Event), "origin": [event.origin for event in events]})
 
 
 async def lock_callback_due(tx: Tx, event_ids: Sequence[UUID]) -> dict[UUID, UUID | None]:
@@ -248,19 +202,27 @@ _LIST_CALLBACKS = text(
     """
 )
 
+_FIND_TARGET = text("SELECT c.shop_id, c.url FROM callbacks c WHERE c.event_id = :event_id")
+
+# What waits is sent out of turn, and waits for its own turn again should that fail. What has ended begins anew.
 _RESEND_CALLBACK = text(
-    """
-    WITH again AS (
-      UPDATE callbacks SET state = 'pending', finished_at = NULL
-       WHERE event_id = :event_id AND NOT EXISTS (
-         SELECT 1 FROM callback_due d WHERE d.event_id = callbacks.event_id AND d.lease_token IS NOT NULL AND d.due_at > now())
-      RETURNING event_id, shop_id)
-    INSERT INTO callback_due (event_id, shop_id, attempts_made)
-    SELECT again.event_id, again.shop_id,
+    f"""
+    WITH fresh AS (
+      SELECT CAST(:event_id AS uuid) AS event_id, CAST(:shop_id AS uuid) AS shop_id, CAST(:origin AS text) AS origin),
+    {_LANES_MADE},
+    again AS (
+      UPDATE callbacks c SET state = 'pending', finished_at = NULL FROM fresh f
+       WHERE c.event_id = f.event_id AND c.shop_id = f.shop_id AND NOT EXISTS (
+         SELECT 1 FROM callback_due d WHERE d.event_id = f.event_id AND d.shop_id = f.shop_id AND d.lease_token IS NOT NULL)
+      RETURNING c.event_id, c.shop_id)
+    INSERT INTO callback_due (event_id, shop_id, lane_id, attempts_made)
+    SELECT again.event_id, again.shop_id, callback_lane_id(f.shop_id, f.origin),
            (SELECT coalesce(max(a.attempt_no), 0) FROM callback_attempts a WHERE a.event_id = again.event_id)
-      FROM again
-        ON CONFLICT (event_id, shop_id) DO UPDATE SET due_at = now()
-           WHERE callback_due.lease_token IS NULL OR callback_due.due_at <= now()
+      FROM again JOIN fresh f ON f.event_id = again.event_id
+        ON CONFLICT (event_id, shop_id) DO UPDATE
+       SET due_at = now(), in_lane = false, lost_leases = 0,
+           resume_at = coalesce(callback_due.resume_at, nullif(callback_due.due_at, 'infinity'))
+     WHERE callback_due.lease_token IS NULL
     RETURNING event_id
     """
 )
@@ -275,5 +237,12 @@ async def list_callbacks(
 
 
 async def resend_callback(tx: Tx, event_id: UUID) -> bool:
-    """Make a callback due now, whatever became of it. False: no such callback, or an attempt is under way."""
-    return await tx.scalar(_RESEND_CALLBACK, {"event_id": event_id}) is not None
+    """Make a callback due now, whatever became of it. False: no such callback, or an attempt is under way.
+
+    Locks: the callback and its due row.
+    """
+    target = (await tx.execute(_FIND_TARGET, {"event_id": event_id})).one_or_none()
+    if target is None:
+        return False
+    values = {"event_id": event_id, "shop_id": target.shop_id, "origin": origin_of(target.url)}
+    return await tx.scalar(_RESEND_CALLBACK, values) is not None

@@ -73,7 +73,8 @@ CALLBACK_DUE: Final = Walk(
     (("event_id", "uuid"),),
     "(SELECT c.created_at FROM callbacks c WHERE c.event_id = d.event_id AND c.shop_id = d.shop_id)",
 )
-WALKS: Final = (ACCOUNTS, ENTRIES, PAYOUTS, PAYOUT_DUE, PAYINS, PAYIN_DUE, EVENTS, CALLBACKS, CALLBACK_DUE)
+LANES: Final = Walk("callback_lanes", "l", (("id", "uuid"),), "l.created_at")
+WALKS: Final = (ACCOUNTS, ENTRIES, PAYOUTS, PAYOUT_DUE, PAYINS, PAYIN_DUE, EVENTS, CALLBACKS, CALLBACK_DUE, LANES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,6 +418,40 @@ RULES: Final = (
         SELECT d.event_id FROM callback_due d
           LEFT JOIN callbacks c ON c.event_id = d.event_id AND c.shop_id = d.shop_id
          WHERE {CALLBACK_DUE.within} AND c.state IS DISTINCT FROM 'pending'
+        """,
+    ),
+    Rule(
+        "due_callback_has_its_lane",
+        CALLBACK_DUE,
+        "Every due row of a callback waits in a lane of its shop.",
+        f"""
+        SELECT d.event_id FROM callback_due d
+         WHERE {CALLBACK_DUE.within} AND NOT EXISTS (
+           SELECT 1 FROM callback_lanes l WHERE l.id = d.lane_id AND l.shop_id = d.shop_id)
+        """,
+    ),
+    Rule(
+        "lane_counts_its_leases",
+        LANES,
+        "What a lane has in flight is the number of leases on its callbacks.",
+        f"""
+        SELECT l.id FROM callback_lanes l
+          LEFT JOIN (SELECT d.lane_id, count(*) AS n FROM callback_due d WHERE d.lease_token IS NOT NULL
+                      GROUP BY d.lane_id) leases ON leases.lane_id = l.id
+         WHERE {LANES.within} AND l.in_flight <> coalesce(leases.n, 0)
+        """,
+    ),
+    Rule(
+        "lane_comes_to_its_turn",
+        LANES,
+        "A lane that has room comes to its turn when its next callback is due.",
+        f"""
+        SELECT l.id FROM callback_lanes l
+         CROSS JOIN LATERAL (
+           SELECT d.due_at FROM callback_due d WHERE d.lane_id = l.id AND d.lease_token IS NULL AND d.in_lane
+            ORDER BY d.due_at LIMIT 1) next
+         WHERE {LANES.within} AND l.held_at IS NULL AND l.in_flight < l.cap
+           AND l.ready_at > greatest(next.due_at, l.blocked_until, now()) + interval '5 s'
         """,
     ),
     Rule(

@@ -356,6 +356,53 @@ callback_due = Table(
     _required("step", Integer()),
     _required("attempts_made", Integer()),
     _optional("lease_token", Uuid()),
+    _required("lane_id", Uuid()),
+    _required("in_lane", Boolean()),
+    _required("lost_leases", Integer()),
+    _optional("resume_at", _TIME),
+)
+
+callback_shares = Table(
+    "callback_shares",
+    metadata,
+    _required("merchant_id", Uuid()),
+    _required("created_at", _TIME),
+)
+
+callback_lanes = Table(
+    "callback_lanes",
+    metadata,
+    _required("id", Uuid()),
+    _required("shop_id", Uuid()),
+    _required("merchant_id", Uuid()),
+    _required("origin", Text()),
+    _required("cap", Integer()),
+    _required("in_flight", Integer()),
+    _required("streak", Integer()),
+    _required("trouble", Double()),
+    _optional("latency_ms", Integer()),
+    _required("opened", Integer()),
+    _required("blocked_until", _TIME),
+    _optional("failing_since", _TIME),
+    _optional("held_at", _TIME),
+    _optional("held_reason", Text()),
+    _required("ready_at", _TIME),
+    _required("created_at", _TIME),
+)
+
+callback_replays = Table(
+    "callback_replays",
+    metadata,
+    _required("id", Uuid()),
+    _required("filter", JSONB()),
+    _required("per_second", Integer()),
+    _optional("behind", Uuid()),
+    _required("sent", BigInteger()),
+    _required("passed_over", BigInteger()),
+    _required("actor", Text()),
+    _required("reason", Text()),
+    _required("created_at", _TIME),
+    _optional("finished_at", _TIME),
 )
 
 checks = Table(

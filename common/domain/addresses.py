@@ -5,6 +5,7 @@ URLs are judged by their text alone, without DNS. What a name resolves to is jud
 """
 
 import re
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Final
 
@@ -95,6 +96,12 @@ def parse_callback_url(text: object, *, private_allowed: bool, ports: frozenset[
     if not url.port or (ports and url.port not in ports):
         return None
     return text if _host_allowed(url.raw_host or "", private_allowed=private_allowed) else None
+
+
+@lru_cache(maxsize=4096)
+def origin_of(url: str) -> str:
+    """Scheme, host and port of a URL that `parse_callback_url` has let pass, in one spelling (RFC 6454)."""
+    return str(URL(url).origin())
 
 
 def _host_allowed(host: str, *, private_allowed: bool) -> bool:

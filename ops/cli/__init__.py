@@ -17,11 +17,13 @@ from ops.cli.database import migrate_command, verify_command
 from ops.cli.discrepancies import discrepancies_group
 from ops.cli.doctor import doctor_command
 from ops.cli.errors import Refused
+from ops.cli.lanes import lane_group
 from ops.cli.parked import parked_group
 from ops.cli.parties import key_group, merchant_group, shop_group
 from ops.cli.payins import payin_group
 from ops.cli.payouts import payout_group
 from ops.cli.rails import rail_group
+from ops.cli.replays import replay_command, resume_command
 from ops.cli.resolving import list_waiting_command, resolve_command
 from ops.cli.sign import sign_command
 from ops.cli.simulator import simulator_command
@@ -31,6 +33,8 @@ _NOT_UTF_8: Final = re.compile("[\ud800-\udfff]")
 
 for _command in (list_waiting_command, resolve_command):
     payout_group.add_command(_command)
+for _command in (replay_command, resume_command):
+    callbacks_group.add_command(_command)
 
 _COMMANDS: Final = (
     merchant_group,
@@ -41,6 +45,7 @@ _COMMANDS: Final = (
     payout_group,
     payin_group,
     callbacks_group,
+    lane_group,
     discrepancies_group,
     parked_group,
     doctor_command,

@@ -94,7 +94,9 @@ class Scene:
         """Return the row once the callback is delivered."""
 
         async def told() -> Any:
-            await execute(self.owner, "UPDATE callback_due SET due_at = now() WHERE lease_token IS NULL")
+            await execute(
+                self.owner, "UPDATE callback_due SET due_at = now(), in_lane = false WHERE lease_token IS NULL"
+            )
             row = await self.row()
             return row if row.callback_state == "delivered" else None
 

@@ -18,7 +18,6 @@ import click
 import pytest
 from sqlalchemy.engine import make_url
 
-from common.db.callbacks import claim_callbacks
 from common.db.engine import in_transaction
 from common.db.invariants import RULES
 from common.db.merchants import find_api_key
@@ -32,7 +31,7 @@ from ops.state import Demo, find_or_make_keys, save_demo
 from tests.conftest import Server
 from tests.factories import environment, execute, fetch
 from tests.faults.proxy import CommitFault, proxy
-from tests.flows import Desk, desk
+from tests.flows import Desk, desk, pass_callback_time, take_callbacks
 from tests.terminal import Terminal
 from worker.callbacks.deliver import Ended as EndedCallback
 from worker.callbacks.deliver import record_attempts
@@ -514,11 +513,9 @@ async def test_a_top_up_whose_answer_is_lost_is_done_at_most_once(database_url: 
 
 async def deliver(floor: Desk, *, http_status: int, response: bytes = b"") -> None:
     """One attempt at every callback, with the same answer from every merchant; what waits is due at once."""
-    await execute(floor.owner, "UPDATE callback_due SET due_at = now()")
+    await pass_callback_time(floor.owner)
     token = uuid4()
-    claimed = await in_transaction(
-        floor.worker, lambda tx: claim_callbacks(tx, token=token, lease_seconds=60, claim_max=100)
-    )
+    claimed = await in_transaction(floor.worker, lambda tx: take_callbacks(tx, token, 100))
     assert claimed
     attempt = Attempt(
         http_status=http_status,
@@ -690,9 +687,7 @@ async def test_a_callback_that_cannot_be_sent_again_says_why(terminal: Terminal,
     uncalled, called = [await shop_floor.create(merchant, callback_url=url) for url in (None, URL)]
     await shop_floor.settle()
     again = ("--reason", "x")
-    await in_transaction(
-        shop_floor.worker, lambda tx: claim_callbacks(tx, token=uuid4(), lease_seconds=60, claim_max=1)
-    )
+    await in_transaction(shop_floor.worker, lambda tx: take_callbacks(tx, uuid4(), 1))
 
     for event, words in (
         (await event_of(shop_floor, called), "under way"),

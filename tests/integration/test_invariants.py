@@ -7,12 +7,11 @@ from uuid import uuid4
 
 import pytest
 
-from common.db.callbacks import claim_callbacks
 from common.db.engine import Tx, in_transaction
 from common.db.invariants import OFFENDERS_SHOWN, RULES, verify
 from tests.conftest import Server
 from tests.factories import engine, execute
-from tests.flows import Desk, assert_sound, broken_rules, cloned, desk, forge, pass_over
+from tests.flows import Desk, assert_sound, broken_rules, cloned, desk, forge, pass_over, take_callbacks
 from worker.callbacks.deliver import Ended, record_attempts
 from worker.callbacks.send import Attempt
 from worker.hearing import hear
@@ -67,6 +66,8 @@ async def _live_honestly(working: Desk) -> dict[str, str]:
         row = await working.one("SELECT hold_seq, resolution_seq FROM payouts WHERE id = :id", id=ids[name])
         names[f"{name}_hold"], names[f"{name}_end"] = str(row.hold_seq), str(row.resolution_seq)
     row = await working.one("SELECT return_seq FROM payouts WHERE id = :id", id=ids["refunded"])
+    of_shop = "SELECT id FROM callback_lanes WHERE shop_id = :id"
+    lane, other_lane = [await working.one(of_shop, id=shop.id) for shop in (merchant.shop, other.shop)]
     credit = await working.one("SELECT credit_seq FROM payins WHERE id = :id", id=payins["paid_in"])
     return names | {
         **{name: str(payin_id) for name, payin_id in payins.items()},
@@ -77,6 +78,8 @@ async def _live_honestly(working: Desk) -> dict[str, str]:
         "shop": str(merchant.shop.id),
         "fresh": str(uuid4()),
         "delivered": str(delivered.id),
+        "lane": str(lane.id),
+        "other_lane": str(other_lane.id),
         "pending": str(pending.id),
     }
 
@@ -84,13 +87,15 @@ async def _live_honestly(working: Desk) -> dict[str, str]:
 async def _deliver_only(working: Desk, event_id: str) -> None:
     async def deliver(tx: Tx) -> None:
         token = uuid4()
-        claimed = await claim_callbacks(tx, token=token, lease_seconds=60.0, claim_max=10)
+        claimed = await take_callbacks(tx, token, 10)
         (callback,) = [item for item in claimed if str(item.event_id) == event_id]
         taken = Attempt(200, None, b"", "127.0.0.1", 1, 0.0)
         await record_attempts(tx, [Ended(callback, token, taken, 0.0, 0.0)], now=0.0)
 
     await in_transaction(working.worker, deliver)
-    await execute(working.owner, "UPDATE callback_due SET lease_token = NULL, due_at = now(), attempts_made = 0")
+    again = "UPDATE callback_due SET lease_token = NULL, due_at = now(), in_lane = true, attempts_made = 0"
+    await execute(working.owner, again)
+    await execute(working.owner, "UPDATE callback_lanes SET in_flight = 0, ready_at = now()")
 
 
 @pytest.fixture(scope="module")
@@ -244,10 +249,21 @@ FORGERIES: list[tuple[str, str, set[str]]] = [
     ("ended_payin_has_its_event", "DELETE FROM callbacks WHERE payin_id = '{paid_in}'", {"{paid_in}"}),
     ("event_tells_what_happened", "UPDATE events SET type = 'payin.failed' WHERE payin_id = '{paid_in}'", {"{paid_in}"}),
     ("pending_callback_is_due", "DELETE FROM callback_due WHERE event_id = '{pending}'", {"{pending}"}),
-    ("due_callback_is_pending", "INSERT INTO callback_due (event_id, shop_id) VALUES ('{delivered}', '{shop}')",
+    ("due_callback_is_pending", "INSERT INTO callback_due (event_id, shop_id, lane_id)"
+     " VALUES ('{delivered}', '{shop}', '{lane}')",
      {"{delivered}"}),
-    ("due_callback_is_pending", "INSERT INTO callback_due (event_id, shop_id) VALUES ('{fresh}', '{shop}')",
+    ("due_callback_is_pending", "INSERT INTO callback_due (event_id, shop_id, lane_id)"
+     " VALUES ('{fresh}', '{shop}', '{lane}')",
      {"{fresh}"}),
+    ("due_callback_has_its_lane", "UPDATE callback_due SET lane_id = '{fresh}' WHERE event_id = '{pending}'", {"{pending}"}),
+    ("due_callback_has_its_lane", "UPDATE callback_due SET lane_id = '{other_lane}' WHERE event_id = '{pending}'",
+     {"{pending}"}),
+    ("lane_counts_its_leases", "UPDATE callback_lanes SET in_flight = 1 WHERE id = '{lane}'", {"{lane}"}),
+    ("lane_counts_its_leases", "UPDATE callback_due SET lease_token = gen_random_uuid() WHERE event_id = '{pending}'",
+     {"{lane}"}),
+    ("lane_comes_to_its_turn", "UPDATE callback_lanes SET ready_at = now() + interval '1 minute' WHERE id = '{lane}'",
+     {"{lane}"}),
+    ("lane_comes_to_its_turn", "UPDATE callback_lanes SET ready_at = 'infinity'", {"{lane}", "{other_lane}"}),
     ("delivered_callback_has_a_2xx", "UPDATE callback_attempts SET http_status = 302", {"{delivered}"}),
     ("delivered_callback_has_a_2xx", "DELETE FROM callback_attempts", {"{delivered}"}),
     ("delivered_callback_has_a_2xx",

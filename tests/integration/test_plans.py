@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import event, text
 
 from common.db.ages import find_ages
-from common.db.callbacks import claim_callbacks, lock_callback_due
+from common.db.callbacks import lock_callback_due
 from common.db.checks import begin_checks, check_step
 from common.db.due import (
     FIRST_TO_EXPIRE,
@@ -33,6 +33,7 @@ from common.db.due import (
 )
 from common.db.engine import Engine, Tx
 from common.db.invariants import ACCOUNTS, RULES, WALKS, Walk
+from common.db.lanes import Lease, Room, claim_in_turn, claim_told_of, find_fresh, release_lapsed
 from common.db.ledger import find_balance
 from common.db.payins import append_payin, claim_questions, find_payin, lock_payins
 from common.db.payouts import find_by_external_ids, find_moves, find_payout, lock_payouts
@@ -41,7 +42,7 @@ from common.db.resolutions import count_doubts, list_waiting
 from gateway.accept import Accepted, decide_batch
 from tests.conftest import Server
 from tests.factories import Merchant, engine, execute, fetch, new_payin, order
-from tests.flows import LOCK_WAIT_SECONDS, Desk, cloned, desk, forge
+from tests.flows import LOCK_WAIT_SECONDS, Desk, cloned, desk, forge, take_callbacks
 from worker.callbacks.deliver import Ended as Delivered
 from worker.callbacks.deliver import record_attempts
 from worker.callbacks.send import Attempt
@@ -51,13 +52,15 @@ from worker.crediting import record_answer
 from worker.rails import Answer, Outcome
 from worker.recording import record_answers
 
-PAYOUTS, SHOPS = 50_000, 5
+PAYOUTS, SHOPS, LANES = 50_000, 5, 1_000
 BATCH = 128
+ROOM = Room(total=BATCH, retries=BATCH, slow=BATCH, lane=64, busy={})
 WATCHED = (
     "payouts",
     "payout_due",
     "payout_attempts",
     "callback_due",
+    "callback_lanes",
     "callbacks",
     "events",
     "entries",
@@ -106,9 +109,16 @@ _FILL = f"""
       SELECT id, shop_id, id, 1, 'payout.success', '{{}}' FROM fresh),
     called AS (
       INSERT INTO callbacks (event_id, shop_id, payout_id, url) SELECT id, shop_id, id, 'http://localhost' FROM fresh),
+    shares AS (
+      INSERT INTO callback_shares (merchant_id) SELECT id FROM merchants),
+    lanes AS (
+      INSERT INTO callback_lanes (id, shop_id, merchant_id, origin, cap, latency_ms, ready_at)
+      SELECT callback_lane_id(s.id, 'http://' || n), s.id, s.merchant_id, 'http://' || n, 256, 5, now()
+        FROM shops s CROSS JOIN generate_series(0, {LANES - 1}) n),
     again AS (
-      INSERT INTO callback_due (event_id, shop_id, due_at)
-      SELECT id, shop_id, now() + make_interval(secs => n - 500) FROM fresh),
+      INSERT INTO callback_due (event_id, shop_id, lane_id, in_lane, due_at)
+      SELECT id, shop_id, callback_lane_id(shop_id, 'http://' || n % {LANES}), n % 3 > 0,
+             now() + make_interval(secs => n - 500) FROM fresh),
     moved AS (
       UPDATE accounts SET held_minor = {PAYOUTS // SHOPS}, last_seq = last_seq + {PAYOUTS // SHOPS})
     INSERT INTO payouts (id, shop_id, account_id, external_id, amount_minor, currency, recipient_sealed,
@@ -230,13 +240,13 @@ HOT: dict[str, tuple[str, Work]] = {
         WORKER,
         lambda crowd: lambda tx: finish_attempts(tx, [FinishedAttempt(*key, 1, "unknown", None) for key in crowd.keys]),
     ),
-    "claim_callbacks": (
-        WORKER, lambda _crowd: lambda tx: claim_callbacks(tx, token=uuid4(), lease_seconds=60.0, claim_max=64)),
+    "find_fresh": (WORKER, lambda _crowd: lambda tx: find_fresh(tx, overdue_seconds=0.0, rows_max=BATCH)),
+    "claim_in_turn": (WORKER, lambda _crowd: lambda tx: claim_in_turn(tx, Lease(uuid4(), 60.0), ROOM)),
+    "release_lapsed": (WORKER, lambda _crowd: release_lapsed),
     "claim_due_ids": (WORKER, lambda crowd: lambda tx: claim_due_ids(tx, _claim(), crowd.ids, {})),
-    "claim_callbacks of messages": (
+    "claim_told_of": (
         WORKER,
-        lambda crowd: lambda tx: claim_callbacks(
-            tx, token=uuid4(), lease_seconds=60.0, claim_max=64, event_ids=crowd.ids)),
+        lambda crowd: lambda tx: claim_told_of(tx, Lease(uuid4(), 60.0), ROOM, crowd.ids[:BATCH])),
     "lock_payouts to cancel": (GATEWAY, lambda crowd: lambda tx: lock_payouts(tx, crowd.ids[:1])),
     "lock_due to cancel": (GATEWAY, lambda crowd: lambda tx: lock_due(tx, crowd.ids[:1])),
     "find_moves": (GATEWAY, lambda crowd: lambda tx: find_moves(tx, *crowd.keys[0])),
@@ -257,8 +267,10 @@ HOT: dict[str, tuple[str, Work]] = {
 # Where more than one index would do, and all but one read everything that waits.
 INDEXES: dict[str, set[str]] = {
     "claim_due_ids": {"payout_due_pkey"},
-    "claim_callbacks of messages": {"callback_due_pkey"},
-    "claim_callbacks": {"callback_due_by_time", "callback_due_pkey"},
+    "claim_told_of": {"callback_due_by_lane", "callback_due_pkey"},
+    "claim_in_turn": {"callback_due_by_lane", "callback_due_pkey"},
+    "find_fresh": {"callback_due_fresh"},
+    "release_lapsed": {"callback_due_leased"},
     "find_expired": {"payout_due_by_expiry"},
 }
 
@@ -266,14 +278,15 @@ INDEXES: dict[str, set[str]] = {
 @pytest.mark.parametrize("name", HOT)
 async def test_goes_by_index(crowd: Crowd, name: str) -> None:
     role, work = HOT[name]
+    indexes: set[str] = set()
     for plan in await _plans(crowd.url, role, work(crowd)):
         read = {(node["Node Type"], node["Relation Name"]) for node in _nodes(plan) if "Relation Name" in node}
         assert read, "the statement reads nothing"
         scanned = {relation for kind, relation in read if kind == "Seq Scan"}
-        if name in INDEXES:
-            indexes = {node["Index Name"] for node in _nodes(plan) if "Index Name" in node}
-            assert {index for index in indexes if "_due_" in index} == INDEXES[name]
+        indexes |= {node["Index Name"] for node in _nodes(plan) if "Index Name" in node}
         assert scanned & set(WATCHED) == set()
+    if name in INDEXES:
+        assert {index for index in indexes if "_due_" in index} == INDEXES[name]
 
 
 async def _scanned(tx: Tx) -> dict[str, int]:
@@ -316,7 +329,7 @@ async def test_claiming_and_recording_a_batch_scans_nothing(crowd: Crowd, outcom
 async def test_claiming_and_recording_callbacks_scans_nothing(crowd: Crowd, status: int) -> None:
     async with desk(crowd.url) as working, working.worker.connect() as tx:
         token = uuid4()
-        claimed = await claim_callbacks(tx, token=token, lease_seconds=60.0, claim_max=BATCH)
+        claimed = await take_callbacks(tx, token, BATCH)
         assert len(claimed) == BATCH
         assert await _scanned(tx) == {}
         attempt = Attempt(status, None if status == 200 else "http_5xx", b"", "127.0.0.1", 1, 0.0)

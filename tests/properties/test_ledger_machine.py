@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule, run_state_machine_as_test
 
 from common.canceling import cancel, expire_page
-from common.db.callbacks import claim_callbacks
 from common.db.due import FIRST_TO_EXPIRE
 from common.db.engine import Tx, in_transaction
 from common.db.rail_events import NewRailEvent, append_rail_events
@@ -32,7 +31,7 @@ from common.recipients import Recipient
 from gateway.accept import Accepted, Order
 from tests.conftest import Server
 from tests.factories import Merchant, execute, fetch, order
-from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, cloned, desk, forge
+from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, cloned, desk, forge, pass_callback_time, take_callbacks
 from tests.properties.payin_rules import PayinRules
 from worker.callbacks.deliver import Ended as Delivered
 from worker.callbacks.deliver import record_attempts
@@ -368,7 +367,7 @@ class LedgerMachine(PayinRules):
         claimed = self._run(
             in_transaction(
                 self._desk.worker,
-                lambda tx: claim_callbacks(tx, token=token, lease_seconds=60.0, claim_max=claim_max),
+                lambda tx: take_callbacks(tx, token, claim_max),
             )
         )
         attempt = Attempt(status, None if status == 200 else "http_error", b"", "127.0.0.1", 1, 0.0)
@@ -380,8 +379,7 @@ class LedgerMachine(PayinRules):
     @rule(first=_positions, count=st.integers(1, 3))
     def deliver_late(self, first: int, count: int) -> None:
         """Attempts are recorded late, or again; meanwhile everything has come due."""
-        due = "UPDATE callback_due SET due_at = now() - interval '1 second'"
-        self._run(execute(self._desk.owner, due))
+        self._run(pass_callback_time(self._desk.owner))
         at = first % max(1, len(self._told))
         self._record_attempts(self._told[at : at + count])
 

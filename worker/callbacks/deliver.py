@@ -3,27 +3,44 @@
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter as Tally
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from time import monotonic
 from typing import Final
 from uuid import UUID, uuid4
 
 from aiohttp import ClientSession
+from prometheus_client import Counter
 
 from common.batching import Batcher
 from common.db.callbacks import (
     CallbackAttempt,
-    ClaimedCallback,
     append_callback_attempts,
-    claim_callbacks,
     finish_callbacks,
     lock_callback_due,
     reschedule_callbacks,
 )
 from common.db.engine import Engine, Tx, in_transaction
+from common.db.lanes import (
+    ClaimedCallback,
+    Lapsed,
+    Lease,
+    Room,
+    claim_in_turn,
+    claim_told_of,
+    find_fresh,
+    find_paces,
+    lock_shares,
+    release_lapsed,
+    save_lanes,
+)
 from common.domain.ids import EVENT, render_id
+from common.domain.lane import SLOW_MILLISECONDS, Exchange, learn
 from common.domain.schedule import callback_delay
 from common.log import LogEvent, get_logger
 from common.messaging.codec import WorkMessage
@@ -33,10 +50,23 @@ from common.settings import Settings
 from worker.callbacks.send import Attempt, render_headers, send_callback
 from worker.scanning import OVERDUE_SECONDS
 
-_CLAIM_MAX: Final = 64
-_RECORD_BATCH_MAX: Final = 64
+_CLAIM_MAX: Final = 128
+_RECORD_BATCH_MAX: Final = 128
 # Longer than other transactions: an attempt that is not recorded is made again.
 _RECORD_ATTEMPTS_MAX: Final = 20
+# A claim for less than this part of what may be in flight waits a moment for more, so that few transactions take many.
+_ROOM_MIN_SHARE: Final = 1 / 16
+_ROOM_WAIT_SECONDS: Final = 0.02
+
+# What a receiver asks for with these holds for all that goes to it.
+_ASKING: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
+
+LEASES_LAPSED: Final = Counter(
+    "payouts_callback_leases_lapsed", "Callbacks given back because their worker was silent for too long"
+)
+LATE: Final = Counter(
+    "payouts_callback_attempts_late", "Attempts whose lease had passed to somebody else when they ended"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +80,18 @@ class Ended:
     luck: float
 
 
-class Deliverer:
-    """Sends callbacks until told to stop: those it is told of, and those it finds overdue.
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A callback in flight, and when it took off."""
 
-    `messages_arrive` says whether somebody tells it; then the scan leaves callbacks alone until they are overdue.
+    callback: ClaimedCallback
+    since: float
+
+
+class Deliverer:
+    """Sends callbacks until told to stop: those it is told of, those no lane knows of yet, those whose lane's turn has come.
+
+    `messages_arrive` says whether somebody tells it; then fresh callbacks are left alone until they are overdue.
     """
 
     def __init__(
@@ -70,78 +108,104 @@ class Deliverer:
         self._session = session
         self._settings = settings
         self._messages_arrive = messages_arrive
-        self._sends: set[asyncio.Task[None]] = set()
-        self._send_ended = asyncio.Event()
+        self._flights: dict[asyncio.Task[None], _Flight] = {}
+        self._landed = asyncio.Event()
         self._leaving = False
         # One claim at a time, so that each knows how much room there is.
         self._claiming = asyncio.Lock()
         self._records: Batcher[Ended, None] = Batcher(self._record, batch_max=_RECORD_BATCH_MAX)
 
     async def run_round(self) -> bool:
-        """Look for due callbacks and start sending them. Returns whether there was anything."""
+        """Look for callbacks that can leave now and start sending them. Returns whether to look again at once."""
         if self._leaving:
             return False
-        return bool(await self._claim(overdue_seconds=OVERDUE_SECONDS if self._messages_arrive() else 0.0))
+        lapsed, fresh = await in_transaction(self._engine, self._look)
+        for callback in lapsed:
+            _tell_of_lapsed(callback)
+        if fresh:
+            await self._claim(partial(claim_told_of, event_ids=fresh))
+        if not await self._await_room():
+            return False
+        claimed = await self._claim(claim_in_turn)
+        return bool(fresh or claimed)
 
     async def claim_messages(self, messages: Sequence[WorkMessage]) -> bool:
-        """Claim what messages tell of and start sending it, as room comes; False when it was given up, since we leave.
+        """Claim what messages tell of and start sending it; False when it was given up, since we leave.
 
-        What another has is left.
+        What has no room now waits in its lane from now on. What another has is left.
         Raises: `Transient`; then nothing, or only a part, was claimed, and it may be called again.
         """
         ids = [event_id for message in messages for event_id in message.ids]
-        first = 0
-        while first < len(ids):
-            while self._room() <= 0 and not self._leaving:
-                self._send_ended.clear()
-                await self._send_ended.wait()
+        for first in range(0, len(ids), _CLAIM_MAX):
             if self._leaving:
                 return False
-            size = min(self._room(), _CLAIM_MAX)
-            if await self._claim(event_ids=ids[first : first + size]) is not None:
-                first += size
+            await self._claim(partial(claim_told_of, event_ids=ids[first : first + _CLAIM_MAX]))
         return True
 
     def leave(self) -> None:
         """Claim nothing more from now on."""
         self._leaving = True
-        self._send_ended.set()
+        self._landed.set()
 
     async def drain(self, deadline_seconds: float) -> None:
         """Let attempts that are under way end and be recorded, for at most that long; leases take care of the rest."""
-        await end_tasks(self._sends, deadline_seconds)
+        await end_tasks(self._flights, deadline_seconds)
 
-    def _room(self) -> int:
-        return self._settings.callback_concurrency - len(self._sends)
+    async def _await_room(self) -> bool:
+        """Wait until there is room worth a claim, or any at all after a moment; False when we leave."""
+        worth_it = max(1, int(self._settings.callback_concurrency * _ROOM_MIN_SHARE))
+        patient_until = monotonic() + _ROOM_WAIT_SECONDS
+        while not self._leaving and (room := self._room_total()) < worth_it:
+            if room > 0 and monotonic() > patient_until:
+                break
+            self._landed.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_ROOM_WAIT_SECONDS):
+                    await self._landed.wait()
+        return not self._leaving
 
-    async def _claim(self, *, event_ids: Sequence[UUID] | None = None, overdue_seconds: float = 0.0) -> int | None:
-        """One claim, of those events or of what is overdue, and the start of sending; how many, or None without room."""
+    def _room_total(self) -> int:
+        return self._settings.callback_concurrency - len(self._flights)
+
+    def _room(self) -> Room:
+        """What may be taken now. What has been in flight for long is slow, whatever was known of its lane."""
+        settings = self._settings
+        slow_since = monotonic() - SLOW_MILLISECONDS / 1000
+        flights = self._flights.values()
+        slow = sum(flight.callback.slow or flight.since < slow_since for flight in flights)
+        retries = sum(flight.callback.step > 0 for flight in flights)
+        return Room(
+            total=max(0, min(_CLAIM_MAX, self._room_total())),
+            retries=max(0, int(settings.callback_concurrency * settings.callback_retry_share) - retries),
+            slow=max(0, int(settings.callback_concurrency * settings.callback_slow_share) - slow),
+            lane=settings.callback_lane_concurrency,
+            busy=Tally(flight.callback.lane_id for flight in flights),
+        )
+
+    async def _claim(
+        self, claim: Callable[[Tx, Lease, Room], Awaitable[list[ClaimedCallback]]]
+    ) -> list[ClaimedCallback]:
+        """One claim and the start of sending."""
         async with self._claiming:
             settings, room = self._settings, self._room()
-            if room <= 0:
-                return None
-            token = uuid4()
-            start_until = monotonic() + settings.callback_lease_seconds - settings.callback_timeout_seconds
-            claimed = await in_transaction(
-                self._engine,
-                lambda tx: claim_callbacks(
-                    tx,
-                    token=token,
-                    lease_seconds=settings.callback_lease_seconds,
-                    claim_max=min(room, _CLAIM_MAX),
-                    event_ids=event_ids,
-                    overdue_seconds=overdue_seconds,
-                ),
-            )
+            lease = Lease(uuid4(), settings.callback_lease_seconds)
+            started = monotonic()
+            claimed = await in_transaction(self._engine, lambda tx: claim(tx, lease, room))
+            start_until = started + settings.callback_lease_seconds - settings.callback_timeout_seconds
             for callback in claimed:
-                task = asyncio.create_task(self._deliver(callback, token, start_until))
-                self._sends.add(task)
-                task.add_done_callback(self._end)
-            return len(claimed)
+                task = asyncio.create_task(self._deliver(callback, lease.token, start_until))
+                self._flights[task] = _Flight(callback, started)
+                task.add_done_callback(self._land)
+            return claimed
 
-    def _end(self, task: "asyncio.Task[None]") -> None:
-        self._sends.discard(task)
-        self._send_ended.set()
+    def _land(self, task: "asyncio.Task[None]") -> None:
+        del self._flights[task]
+        self._landed.set()
+
+    async def _look(self, tx: Tx) -> tuple[list[Lapsed], list[UUID]]:
+        """What workers that are gone had taken, given back; and what no lane knows of yet."""
+        overdue_seconds = OVERDUE_SECONDS if self._messages_arrive() else 0.0
+        return await release_lapsed(tx), await find_fresh(tx, overdue_seconds=overdue_seconds, rows_max=_CLAIM_MAX)
 
     async def _deliver(self, callback: ClaimedCallback, token: UUID, start_until: float) -> None:
         event = render_id(EVENT, callback.event_id)
@@ -186,18 +250,28 @@ class Deliverer:
         return [None] * len(ended)
 
 
+def _tell_of_lapsed(lapsed: Lapsed) -> None:
+    LEASES_LAPSED.inc()
+    if lapsed.put_aside:
+        event = render_id(EVENT, lapsed.event_id)
+        get_logger().error(LogEvent.CALLBACK_PUT_ASIDE, event_id=event, leases_lost=lapsed.lost_leases)
+
+
 async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float) -> None:
-    """Log attempts, and what follows from each: delivered, rejected, exhausted, or due again.
+    """Log attempts, and what follows from each: delivered, rejected, exhausted, or due again; and what they teach about lanes.
 
     A lease that is no longer ours leaves only the log line, marked late; but a late 2xx still ends the callback. `now` is
     monotonic, as `Ended.ended_at`.
-    Locks: the due rows, in event id order.
+    Locks: the shares of the lanes' merchants by id, then the due rows in event id order.
     Repeat: an attempt that is recorded already finds its lease gone.
     """
+    lanes = {item.callback.lane_id for item in ended}
+    await lock_shares(tx, lanes)
     tokens = await lock_callback_due(tx, [item.callback.event_id for item in ended])
+    paces = await find_paces(tx, lanes)
     finished: dict[UUID, str] = {}
     again: dict[UUID, tuple[int, float]] = {}
-    attempts = []
+    attempts, exchanges = [], defaultdict(list)
     for item in ended:
         event_id = item.callback.event_id
         held = tokens.get(event_id) == item.token
@@ -206,25 +280,42 @@ async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float) -> None
             finished[event_id] = "delivered"
         elif held and finished.get(event_id) != "delivered":
             _conclude(item, finished, again)
+        if held or item.attempt.delivered:
+            exchanges[item.callback.lane_id].append(_exchange(item.attempt))
     await append_callback_attempts(tx, attempts)
     await finish_callbacks(tx, finished)
     await reschedule_callbacks(tx, again)
+    lane_ids = {item.callback.event_id: item.callback.lane_id for item in ended}
+    leases_ended = Tally(lane_ids[event_id] for event_id in {*finished, *again} if tokens[event_id] is not None)
+    luck = ended[0].luck
+    await save_lanes(tx, {lane: learn(pace, exchanges[lane], luck) for lane, pace in paces.items()}, leases_ended)
 
 
 def _conclude(item: Ended, finished: dict[UUID, str], again: dict[UUID, tuple[int, float]]) -> None:
-    """A failed attempt: 410 is the receiver's "never again", the end of the schedule is ours."""
-    event_id, step = item.callback.event_id, item.callback.step
-    delay_seconds = callback_delay(step, item.luck, item.attempt.retry_after_seconds)
+    """A failed attempt: 410 is the receiver's "never again", the end of the schedule is ours. One out of turn uses no step."""
+    event_id, step, out_of_turn = item.callback.event_id, item.callback.step, item.callback.resume_at is not None
+    delay_seconds = callback_delay(0 if out_of_turn else step, item.luck, item.attempt.retry_after_seconds)
     if item.attempt.http_status == HTTPStatus.GONE:
         finished[event_id] = "rejected"
     elif delay_seconds is None:
         finished[event_id] = "exhausted"
     else:
-        again[event_id] = (step + 1, delay_seconds)
+        again[event_id] = (step if out_of_turn else step + 1, delay_seconds)
+
+
+def _exchange(attempt: Attempt) -> Exchange:
+    """What an attempt says of its lane: "too many" and "gone" are answers of somebody who is well."""
+    asked_seconds = attempt.retry_after_seconds if attempt.http_status in _ASKING else 0.0
+    if attempt.http_status == HTTPStatus.TOO_MANY_REQUESTS or attempt.error in ("address_blocked", "internal_error"):
+        return Exchange(None, attempt.duration_ms, asked_seconds)
+    healthy = attempt.delivered or attempt.http_status == HTTPStatus.GONE
+    return Exchange(healthy, attempt.duration_ms, asked_seconds)
 
 
 def _logged(item: Ended, *, late: bool, now: float) -> CallbackAttempt:
     attempt, callback = item.attempt, item.callback
+    if late:
+        LATE.inc()
     return CallbackAttempt(
         event_id=callback.event_id,
         shop_id=callback.shop_id,

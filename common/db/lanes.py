@@ -1,0 +1,406 @@
+"""Lanes: callbacks of one shop to one origin, claimed in turn, each lane at its own pace.
+
+A merchant's share is the lock of all its lanes: whoever takes callbacks, gives them back or ends them holds it, so that
+`in_flight` is always the number of leases, and no two claims fill the same room. Whoever only appends a callback locks
+nothing: its row is fresh (`in_lane` false) until a claim has seen it.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import text
+
+from common.db.engine import Tx, arrays_of
+from common.domain.lane import CAP_UNKNOWN, MERCHANT_UNPROVEN_MAX, SLOW_MILLISECONDS, Pace
+
+# Lanes that one claim looks at, and leases that one round gives back.
+LANES_MAX: Final = 64
+_LAPSED_MAX: Final = 256
+# How often a worker may be lost over a callback, until it is put aside for people: it may be what kills them.
+LOST_LEASES_MAX: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many callbacks one worker can take: in all, of those that failed before, of lanes that are slow, and per lane.
+
+    `busy`: what the worker has in flight, by lane.
+    """
+
+    total: int
+    retries: int
+    slow: int
+    lane: int
+    busy: Mapping[UUID, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedCallback:
+    """A callback under our lease: what to send, where, and as which attempt. `step` counts scheduled attempts from 0.
+
+    `slow`: its lane takes long, or nobody knows. `resume_at`: it is sent out of turn, and its own turn is then.
+    """
+
+    event_id: UUID
+    shop_id: UUID
+    lane_id: UUID
+    step: int
+    attempt_no: int
+    url: str
+    body: bytes
+    slow: bool
+    resume_at: datetime | None
+    webhook_secret_sealed: bytes
+
+
+_LOCK_READY = text(
+    """
+    SELECT l.id FROM callback_lanes l JOIN callback_shares s ON s.merchant_id = l.merchant_id
+     WHERE l.ready_at <= now()
+       AND (CAST(:slow_room AS int) > 0 OR l.latency_ms <= CAST(:slow_ms AS int))
+     ORDER BY l.ready_at LIMIT CAST(:lanes_max AS int) FOR UPDATE OF s SKIP LOCKED
+    """
+)
+
+_FIND_FRESH = text(
+    """
+    SELECT d.event_id FROM callback_due d
+     WHERE d.lease_token IS NULL AND NOT d.in_lane
+       AND d.due_at <= now() - make_interval(secs => CAST(:overdue_seconds AS float8))
+     ORDER BY d.due_at LIMIT CAST(:rows_max AS int)
+    """
+)
+
+_LOCK_SHARES_OF_EVENTS = text(
+    """
+    WITH wanted AS MATERIALIZED (
+      SELECT DISTINCT l.merchant_id FROM unnest(CAST(:ids AS uuid[])) AS w (id)
+       CROSS JOIN LATERAL (SELECT d.lane_id FROM callback_due d WHERE d.event_id = w.id LIMIT 1) d
+       CROSS JOIN LATERAL (SELECT l.merchant_id FROM callback_lanes l WHERE l.id = d.lane_id LIMIT 1) l)
+    SELECT s.merchant_id FROM callback_shares s WHERE s.merchant_id = ANY (SELECT merchant_id FROM wanted)
+     ORDER BY s.merchant_id FOR UPDATE OF s
+    """
+)
+
+_LOCK_SHARES_OF_LANES = text(
+    """
+    SELECT s.merchant_id FROM callback_shares s
+     WHERE s.merchant_id = ANY (
+       SELECT l.merchant_id FROM unnest(CAST(:lane_ids AS uuid[])) AS w (id)
+         CROSS JOIN LATERAL (SELECT merchant_id FROM callback_lanes WHERE id = w.id LIMIT 1) l)
+     ORDER BY s.merchant_id FOR UPDATE OF s
+    """
+)
+
+# How much a lane may be given now: its own room, and how much is left to its merchant.
+_LANES = """
+    busy AS (
+      SELECT * FROM unnest(CAST(:busy_lanes AS uuid[]), CAST(:busy_counts AS int[])) AS b (lane_id, calls)),
+    lanes AS (
+      SELECT l.id, l.merchant_id, coalesce(l.latency_ms > CAST(:slow_ms AS int), true) AS slow, merchant.room AS merchant_room,
+             CASE WHEN l.held_at IS NULL AND l.blocked_until <= now() THEN greatest(0, least(
+                    l.cap - l.in_flight, CAST(:lane_max AS int) - coalesce(busy.calls, 0), CAST(:total_room AS int))) ELSE 0
+             END AS room
+        FROM places CROSS JOIN LATERAL (SELECT * FROM callback_lanes WHERE id = places.lane_id LIMIT 1) l
+        LEFT JOIN busy ON busy.lane_id = l.id
+       CROSS JOIN LATERAL (
+         SELECT CAST(:unproven_max AS int) + sum(greatest(a.cap - CAST(:cap_unknown AS int), 0)) - sum(a.in_flight) AS room
+           FROM callback_lanes a WHERE a.merchant_id = l.merchant_id) merchant),"""
+
+# What is due in the lanes of this turn; or what somebody told us of, whether its lane knows of it or not. Each as a lateral
+# probe with a limit, so that on a table that nobody has analysed it still goes by index.
+_IN_TURN = f"""
+    WITH places AS (
+      SELECT unnest(CAST(:lane_ids AS uuid[])) AS lane_id),
+    {_LANES}
+    waiting AS (
+      SELECT lanes.id AS lane_id, d.event_id, d.shop_id, d.step, d.due_at FROM lanes
+       CROSS JOIN LATERAL (
+         SELECT d.event_id, d.shop_id, d.step, d.due_at FROM callback_due d
+          WHERE d.lane_id = lanes.id AND d.lease_token IS NULL AND d.in_lane AND d.due_at <= now()
+          ORDER BY d.due_at LIMIT lanes.room FOR UPDATE SKIP LOCKED) d),"""
+_TOLD_OF = f"""
+    WITH waiting AS (
+      SELECT d.lane_id, d.event_id, d.shop_id, d.step, d.due_at
+        FROM (SELECT DISTINCT unnest(CAST(:ids AS uuid[])) AS id ORDER BY 1) w
+       CROSS JOIN LATERAL (
+         SELECT d.event_id, d.shop_id, d.lane_id, d.step, d.due_at FROM callback_due d
+          WHERE d.event_id = w.id AND d.lease_token IS NULL AND d.due_at + interval '0' <= now()
+          LIMIT 1 FOR UPDATE SKIP LOCKED) d),
+    places AS (
+      SELECT DISTINCT lane_id FROM waiting),
+    {_LANES}"""
+
+# One of each lane, then a second of each, and so on, while there is room: the lane's own, its merchant's, and the worker's for
+# what is slow and for what failed before. What does not fit and is fresh enters its lane.
+_CLAIM = """
+    ranked AS (
+      SELECT w.*, l.merchant_id, l.slow, l.room, l.merchant_room,
+             row_number() OVER (PARTITION BY w.lane_id ORDER BY w.due_at, w.event_id) AS place
+        FROM waiting w JOIN lanes l ON l.id = w.lane_id),
+    counted AS (
+      SELECT r.*, row_number() OVER (PARTITION BY merchant_id ORDER BY place, lane_id) AS merchant_place,
+             count(*) FILTER (WHERE slow) OVER turns AS slow_place,
+             count(*) FILTER (WHERE step > 0) OVER turns AS retry_place
+        FROM ranked r WHERE place <= room
+      WINDOW turns AS (ORDER BY place, lane_id ROWS UNBOUNDED PRECEDING)),
+    taken AS (
+      SELECT * FROM counted
+       WHERE merchant_place <= merchant_room
+         AND (NOT slow OR slow_place <= CAST(:slow_room AS int))
+         AND (step = 0 OR retry_place <= CAST(:retry_room AS int))
+       ORDER BY place, lane_id LIMIT CAST(:total_room AS int)),
+    leased AS (
+      UPDATE callback_due d
+         SET lease_token = CAST(:token AS uuid), attempts_made = d.attempts_made + 1,
+             due_at = now() + make_interval(secs => CAST(:lease_seconds AS float8))
+        FROM taken WHERE d.event_id = taken.event_id AND d.shop_id = taken.shop_id
+      RETURNING d.event_id, d.shop_id, d.lane_id, d.step, d.attempts_made, d.resume_at, taken.slow),
+    entered AS (
+      UPDATE callback_due d SET in_lane = true
+        FROM waiting w WHERE d.event_id = w.event_id AND d.shop_id = w.shop_id AND NOT d.in_lane
+         AND NOT EXISTS (SELECT 1 FROM taken t WHERE t.event_id = w.event_id))
+    SELECT places.lane_id AS place, r.event_id, r.shop_id, r.step, r.attempts_made AS attempt_no, r.slow, r.resume_at,
+           c.url, e.body, s.webhook_secret_sealed
+      FROM places LEFT JOIN leased r ON r.lane_id = places.lane_id
+      LEFT JOIN LATERAL (
+        SELECT c.url FROM callbacks c WHERE c.event_id = r.event_id AND c.shop_id = r.shop_id LIMIT 1) c ON true
+      LEFT JOIN LATERAL (SELECT e.body FROM events e WHERE e.id = r.event_id AND e.shop_id = r.shop_id LIMIT 1) e ON true
+      LEFT JOIN LATERAL (SELECT s.webhook_secret_sealed FROM shops s WHERE s.id = r.shop_id LIMIT 1) s ON true
+    """
+_CLAIM_IN_TURN, _CLAIM_TOLD_OF = text(_IN_TURN + _CLAIM), text(_TOLD_OF + _CLAIM)
+
+# Whatever has changed in a lane, this says when its turn comes: when its next callback is due and it may be called. While it is
+# full nobody needs to look; who ends a lease comes by here again. `later_seconds`: how far behind the other lanes.
+_SAVE_LANES = text(
+    """
+    UPDATE callback_lanes l
+       SET in_flight = l.in_flight + v.in_flight,
+           ready_at = CASE WHEN l.held_at IS NOT NULL OR l.in_flight + v.in_flight >= l.cap THEN 'infinity' ELSE greatest(
+             coalesce((SELECT d.due_at FROM callback_due d WHERE d.lane_id = l.id AND d.lease_token IS NULL AND d.in_lane
+                        ORDER BY d.due_at LIMIT 1), 'infinity'),
+             l.blocked_until, now() + make_interval(secs => v.later_seconds)) END
+      FROM unnest(CAST(:lane_id AS uuid[]), CAST(:in_flight AS int[]), CAST(:later_seconds AS float8[]))
+        AS v (lane_id, in_flight, later_seconds)
+     WHERE l.id = v.lane_id
+    """
+)
+
+_SAVE_PACES = text(
+    """
+    UPDATE callback_lanes l
+       SET cap = v.cap, streak = v.streak, trouble = v.trouble, latency_ms = v.latency_ms, opened = v.opened,
+           blocked_until = CASE WHEN v.rest_seconds > 0
+             THEN greatest(l.blocked_until, now() + make_interval(secs => v.rest_seconds)) ELSE l.blocked_until END,
+           failing_since = CASE WHEN v.failing THEN coalesce(l.failing_since, now()) END
+      FROM unnest(CAST(:lane_id AS uuid[]), CAST(:cap AS int[]), CAST(:streak AS int[]), CAST(:trouble AS float8[]),
+                  CAST(:latency_ms AS int[]), CAST(:opened AS int[]), CAST(:failing AS boolean[]),
+                  CAST(:rest_seconds AS float8[]))
+        AS v (lane_id, cap, streak, trouble, latency_ms, opened, failing, rest_seconds)
+     WHERE l.id = v.lane_id
+    """
+)
+
+_FIND_PACES = text(
+    """
+    SELECT l.id, l.cap, l.streak, l.trouble, l.latency_ms, l.opened, l.failing_since IS NOT NULL AS failing,
+           l.blocked_until > now() AS resting
+      FROM unnest(CAST(:lane_ids AS uuid[])) AS w (id)
+     CROSS JOIN LATERAL (SELECT * FROM callback_lanes WHERE id = w.id LIMIT 1) l
+    """
+)
+
+_FIND_LAPSED = text(
+    """
+    SELECT d.event_id FROM callback_due d WHERE d.lease_token IS NOT NULL AND d.due_at <= now()
+     ORDER BY d.due_at LIMIT CAST(:rows_max AS int)
+    """
+)
+
+_RELEASE_LAPSED = text(
+    """
+    UPDATE callback_due d
+       SET lease_token = NULL, in_lane = true, lost_leases = d.lost_leases + 1,
+           due_at = CASE WHEN d.lost_leases + 1 >= CAST(:lost_max AS int) THEN 'infinity'::timestamptz ELSE now() END
+      FROM unnest(CAST(:ids AS uuid[])) AS w (id)
+     WHERE d.event_id = w.id AND d.lease_token IS NOT NULL AND d.due_at <= now()
+    RETURNING d.event_id, d.lane_id, d.lost_leases
+    """
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """By how much a lane's leases change, and how far behind the others its next turn is, in seconds."""
+
+    lane_id: UUID
+    in_flight: int
+    later_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _LanePace:
+    lane_id: UUID
+    cap: int
+    streak: int
+    trouble: float
+    latency_ms: int | None
+    opened: int
+    failing: bool
+    rest_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What a claim takes callbacks under."""
+
+    token: UUID
+    seconds: float
+
+
+async def claim_in_turn(tx: Tx, lease: Lease, room: Room, *, lanes_max: int = LANES_MAX) -> list[ClaimedCallback]:
+    """Take what is due in the lanes whose turn has come. Lanes of merchants whom somebody else holds are skipped.
+
+    Two statements, never one: the second sees all that was committed before the first had its locks.
+    Locks: the shares of the lanes' merchants.
+    """
+    ready = await tx.scalars(
+        _LOCK_READY, {"slow_room": room.slow, "slow_ms": SLOW_MILLISECONDS, "lanes_max": LANES_MAX}
+    )
+    lane_ids = list(ready)
+    if not lane_ids:
+        return []
+    return await _claim(tx, _CLAIM_IN_TURN, lease, room, {"lane_ids": lane_ids})
+
+
+async def claim_told_of(tx: Tx, lease: Lease, room: Room, event_ids: Sequence[UUID]) -> list[ClaimedCallback]:
+    """Take those of these callbacks that are due and nobody has; those that do not fit wait in their lanes from now on.
+
+    Locks: the shares of their merchants, by id.
+    """
+    await tx.execute(_LOCK_SHARES_OF_EVENTS, {"ids": list(event_ids)})
+    return await _claim(tx, _CLAIM_TOLD_OF, lease, room, {"ids": list(event_ids)})
+
+
+async def find_fresh(tx: Tx, *, overdue_seconds: float, rows_max: int) -> list[UUID]:
+    """Callbacks that no lane knows of yet, due for so long, the oldest first."""
+    return list(await tx.scalars(_FIND_FRESH, {"overdue_seconds": overdue_seconds, "rows_max": rows_max}))
+
+
+# How far behind the others a lane goes whose callbacks did not fit.
+_NOTHING_FITTED_SECONDS: Final = 0.2
+
+
+async def _claim(
+    tx: Tx, statement: Any, lease: Lease, room: Room, which: dict[str, list[UUID]]
+) -> list[ClaimedCallback]:
+    rows = (
+        await tx.execute(
+            statement,
+            {
+                **which,
+                "token": lease.token,
+                "lease_seconds": lease.seconds,
+                "busy_lanes": list(room.busy),
+                "busy_counts": list(room.busy.values()),
+                "lane_max": room.lane,
+                "total_room": room.total,
+                "retry_room": room.retries,
+                "slow_room": room.slow,
+                "slow_ms": SLOW_MILLISECONDS,
+                "cap_unknown": CAP_UNKNOWN,
+                "unproven_max": MERCHANT_UNPROVEN_MAX,
+            },
+        )
+    ).all()
+    taken = dict.fromkeys((row.place for row in rows), 0)
+    claimed = []
+    for row in rows:
+        if row.event_id is not None:
+            taken[row.place] += 1
+            claimed.append(
+                ClaimedCallback(
+                    row.event_id,
+                    row.shop_id,
+                    row.place,
+                    row.step,
+                    row.attempt_no,
+                    row.url,
+                    row.body,
+                    row.slow,
+                    row.resume_at,
+                    row.webhook_secret_sealed,
+                )
+            )
+    await save_turns(tx, [Turn(lane, n, 0.0 if n else _NOTHING_FITTED_SECONDS) for lane, n in taken.items()])
+    return claimed
+
+
+async def lock_shares(tx: Tx, lane_ids: Collection[UUID]) -> None:
+    """Hold the lanes of these lanes' merchants until the transaction ends. Locks: their shares, by id."""
+    await tx.execute(_LOCK_SHARES_OF_LANES, {"lane_ids": list(lane_ids)})
+
+
+async def find_paces(tx: Tx, lane_ids: Collection[UUID]) -> dict[UUID, Pace]:
+    """What is known of lanes. The caller holds their shares."""
+    rows = await tx.execute(_FIND_PACES, {"lane_ids": list(lane_ids)})
+    return {
+        row.id: Pace(
+            row.cap, row.streak, row.trouble, row.latency_ms, row.opened, failing=row.failing, resting=row.resting
+        )
+        for row in rows
+    }
+
+
+async def save_lanes(tx: Tx, paces: Mapping[UUID, Pace], leases_ended: Mapping[UUID, int]) -> None:
+    """Note what was learned of lanes, and how many leases of each have ended. The caller holds their shares.
+
+    Must come after what became of the callbacks themselves: it looks when the next one is due.
+    """
+    learned = [
+        _LanePace(
+            lane, pace.cap, pace.streak, pace.trouble, pace.latency_ms, pace.opened, pace.failing, pace.rest_seconds
+        )
+        for lane, pace in paces.items()
+    ]
+    await tx.execute(_SAVE_PACES, arrays_of(learned, _LanePace))
+    await save_turns(tx, [Turn(lane, -leases_ended.get(lane, 0)) for lane in paces])
+
+
+async def save_turns(tx: Tx, turns: Sequence[Turn]) -> None:
+    """Note how many leases lanes have, and when their next turn is. The caller holds their shares."""
+    if turns:
+        await tx.execute(_SAVE_LANES, arrays_of(turns, Turn))
+
+
+@dataclass(frozen=True, slots=True)
+class Lapsed:
+    """A callback whose worker was silent for too long, how often that has happened to it, and whether it is put aside now."""
+
+    event_id: UUID
+    lost_leases: int
+
+    @property
+    def put_aside(self) -> bool:
+        """Whether it is sent no more until an operator sends it again."""
+        return self.lost_leases >= LOST_LEASES_MAX
+
+
+async def release_lapsed(tx: Tx) -> list[Lapsed]:
+    """Give back callbacks whose lease ran out: due now, their step as it was.
+
+    Locks: the shares of their merchants, by id.
+    """
+    event_ids = list(await tx.scalars(_FIND_LAPSED, {"rows_max": _LAPSED_MAX}))
+    if not event_ids:
+        return []
+    await tx.execute(_LOCK_SHARES_OF_EVENTS, {"ids": event_ids})
+    rows = (await tx.execute(_RELEASE_LAPSED, {"ids": event_ids, "lost_max": LOST_LEASES_MAX})).all()
+    ended: dict[UUID, int] = {}
+    for row in rows:
+        ended[row.lane_id] = ended.get(row.lane_id, 0) + 1
+    await save_turns(tx, [Turn(lane, -count) for lane, count in ended.items()])
+    return [Lapsed(row.event_id, row.lost_leases) for row in rows]

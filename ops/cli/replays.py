@@ -1,0 +1,136 @@
+"""`payouts callbacks replay`: many callbacks sent again, at a rate; whoever is interrupted goes on where it ended."""
+
+import asyncio
+from datetime import UTC, datetime
+from functools import partial
+from time import monotonic
+from typing import Final
+from uuid import UUID
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from common.db.engine import Engine, Tx, in_transaction
+from common.db.ledger import append_audit
+from common.db.replays import Chosen, Replay, begin_replay, count_chosen, replay_page
+from common.domain.addresses import origin_of
+from common.domain.ids import new_id
+from ops.cli.connect import run_changing, run_connected
+from ops.cli.errors import Refused
+from ops.cli.options import actor_option, json_option, merchant_option, parse_shop, parse_uuid, reason_option
+from ops.cli.output import show_record
+
+STATES: Final = ("exhausted", "rejected", "delivered")
+# Pages of a tenth of a second, so that a rate is kept without bursts.
+_PAGES_PER_SECOND: Final = 10
+
+
+def parse_moment(text: str) -> datetime:
+    """A moment: ISO 8601, a date or more; in UTC unless it says otherwise."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not an ISO 8601 date or time") from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def parse_origin(text: str) -> str:
+    """The origin of a URL."""
+    try:
+        return origin_of(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not the URL of a receiver") from error
+
+
+def parse_replay_id(text: str) -> UUID:
+    """The id of a replay, as the command that began it shows it."""
+    replay_id = parse_uuid(text)
+    if replay_id is None:
+        raise click.BadParameter(f"{text!r} is not the id of a replay")
+    return replay_id
+
+
+@click.command("replay")
+@click.option("--state", type=click.Choice(STATES), default="exhausted", show_default=True, help="In this state.")
+@merchant_option
+@click.option("--shop", type=parse_shop, metavar="MERCHANT/SHOP", help="Of this shop only.")
+@click.option("--origin", type=parse_origin, metavar="URL", help="To this scheme, host and port only.")
+@click.option("--since", type=parse_moment, metavar="TIME", help="Created then or later; ISO 8601, in UTC.")
+@click.option("--until", type=parse_moment, metavar="TIME", help="Created before then.")
+@click.option("--per-second", type=click.IntRange(1, 100_000), default=50, show_default=True, help="How fast.")
+@click.option("--dry-run", is_flag=True, help="Only count them.")
+@reason_option
+@actor_option
+@json_option
+def replay_command(
+    state: str,
+    merchant: str | None,
+    shop: tuple[str, str] | None,
+    origin: str | None,
+    since: datetime | None,
+    until: datetime | None,
+    per_second: int,
+    dry_run: bool,
+    reason: str,
+    actor: str,
+    as_json: bool,
+) -> None:
+    """Send callbacks again, each once: the same bytes, from the start of the schedule.
+
+    Interrupted, `payouts callbacks resume` goes on where it ended.
+    """
+    merchant, code = shop or (merchant, None)
+    chosen = Chosen(state=state, merchant=merchant, shop=code, origin=origin, since=since, until=until)
+    count = run_connected(lambda engine: in_transaction(engine, lambda tx: count_chosen(tx, chosen)))
+    if dry_run:
+        show_record({"would_be_sent": count}, as_json=as_json)
+        return
+    replay_id = new_id()
+
+    async def begin(tx: Tx) -> None:
+        await begin_replay(tx, replay_id, chosen, per_second=per_second, actor=actor, reason=reason)
+        await append_audit(tx, actor=actor, action="callback.replay", subject=str(replay_id), reason=reason)
+
+    run_changing(lambda engine: in_transaction(engine, begin))
+    click.echo(f"replay {replay_id} of {count} callbacks", err=True)
+    _go_on(replay_id, count, as_json=as_json)
+
+
+@click.command("resume")
+@click.argument("replay_id", type=parse_replay_id)
+@json_option
+def resume_command(replay_id: UUID, as_json: bool) -> None:
+    """Go on with a replay that was interrupted, where it ended."""
+    _go_on(replay_id, None, as_json=as_json)
+
+
+def _go_on(replay_id: UUID, count: int | None, *, as_json: bool) -> None:
+    async def work(engine: Engine) -> Replay:
+        rows_max, started, done = 1, monotonic(), 0
+        with _progress() as progress:
+            task = progress.add_task("callbacks", total=count)
+            while True:
+                replay = await in_transaction(engine, partial(replay_page, replay_id=replay_id, rows_max=rows_max))
+                if replay is None:
+                    raise Refused(f"there is no replay {replay_id}")
+                progress.update(task, completed=replay.sent + replay.passed_over)
+                if replay.finished:
+                    return replay
+                done += rows_max
+                rows_max = max(1, replay.per_second // _PAGES_PER_SECOND)
+                await asyncio.sleep(max(0.0, started + done / replay.per_second - monotonic()))
+
+    replay = run_changing(work)
+    show_record({"replay": replay_id, "sent": replay.sent, "passed_over": replay.passed_over}, as_json=as_json)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
