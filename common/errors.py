@@ -5,10 +5,11 @@
     │   ├── Unauthenticated           ApiKeyRequired · TimestampRequired · SignatureRequired · InvalidTimestampFormat ·
     │   │                             TimestampWindowExceeded · InvalidApiKey · InvalidSignature
     │   ├── AccessDenied
-    │   ├── NotFound                  PayoutNotFound · PayinNotFound · RouteNotFound
+    │   ├── NotFound                  PayoutNotFound · PayinNotFound · EventNotFound · RouteNotFound
     │   ├── InvalidRequest
     │   ├── RuleBroken                ShopNotFound · DefaultShopMissing · ShopCurrencyMismatch · ExternalIdReused ·
-    │   │                             InsufficientBalance · NotCancelable · EventIdReused
+    │   │                             InsufficientBalance · NotCancelable · EventIdReused ·
+    │   │                             CallbackMissing · CallbackInProgress
     │   └── MethodNotAllowed · BodyTooLarge · UnsupportedMediaType · UnreadableRequest · RateLimited
     ├── Transient                     the world is wrong for now: repeating is safe and may help
     │   └── Overloaded · AccountBusy · DatabaseUnavailable · DatabaseSlow · BrokerUnavailable
@@ -87,6 +88,10 @@ class PayinNotFound(NotFound):
     reason, message = "payin_not_found", "PayIn not found"
 
 
+class EventNotFound(NotFound):
+    reason, message = "event_not_found", "Not found"
+
+
 class RouteNotFound(NotFound):
     reason, message = "route_not_found", "Not found"
 
@@ -160,6 +165,18 @@ class NotCancelable(RuleBroken):
     """The payout is, or may be, at its rail already, or it has ended otherwise."""
 
     reason, message = "not_cancelable", "Payout can no longer be canceled"
+
+
+class CallbackMissing(RuleBroken):
+    """Nothing has happened yet that is told, or there was no URL to call."""
+
+    reason, message = "callback_missing", "There is no callback to send again"
+
+
+class CallbackInProgress(RuleBroken):
+    """Its receiver is being called at this moment, or was within the last second."""
+
+    reason, message = "callback_in_progress", "The callback is being sent right now. Try again later."
 
 
 class MethodNotAllowed(Rejected):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Final
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import structlog
 from aiohttp import web
@@ -38,9 +38,21 @@ from common.settings import Settings
 from gateway.accept import Acceptor, Order
 from gateway.auth import Authenticator, Caller, RailSecrets, read_credentials, read_signature
 from gateway.balance import show_balance
+from gateway.callbacks import list_payin_callbacks, list_payout_callbacks, resend_payout_callback
 from gateway.cancel import Canceler
 from gateway.errors import REQUEST_ID, SERVER, render_error
-from gateway.keys import ACCEPTOR, AUTHENTICATOR, CANCELER, ENGINE, KEYRING, RAIL_SECRETS, READINESS, SETTINGS
+from gateway.events import list_events
+from gateway.keys import (
+    ACCEPTOR,
+    AUTHENTICATOR,
+    CANCELER,
+    ENGINE,
+    KEYRING,
+    RAIL_SECRETS,
+    READINESS,
+    SETTINGS,
+    TELL_CALLBACKS,
+)
 from gateway.payins import create_payin, show_payin
 from gateway.payouts import cancel_payout, create_payout, list_payout_events, show_payout
 from gateway.rails import receive_event
@@ -67,8 +79,12 @@ ENDPOINTS: Final = (
     Endpoint("GET", "/payouts/{external_id}", "payouts:read", True, show_payout),
     Endpoint("POST", "/payouts/{external_id}/cancel", "payouts:write", False, cancel_payout),
     Endpoint("GET", "/payouts/{external_id}/events", "payouts:read", False, list_payout_events),
+    Endpoint("GET", "/payouts/{external_id}/callbacks", "payouts:read", False, list_payout_callbacks),
+    Endpoint("POST", "/payouts/{external_id}/callbacks/resend", "payouts:write", False, resend_payout_callback),
     Endpoint("POST", "/payins", "payins:write", True, create_payin),
     Endpoint("GET", "/payins/{external_id}", "payins:read", True, show_payin),
+    Endpoint("GET", "/payins/{external_id}/callbacks", "payins:read", False, list_payin_callbacks),
+    Endpoint("GET", "/events", "payouts:read", False, list_events),
     Endpoint("GET", "/balance", "balance:read", True, show_balance),
 )
 
@@ -124,11 +140,12 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
             tell=partial(_tell, publisher) if settings.amqp_urls else lambda _: None,
         )
         app[RAIL_SECRETS] = RailSecrets(engine, app[KEYRING], cache_seconds=settings.key_cache_seconds)
+        app[TELL_CALLBACKS] = partial(publisher.offer, Work.CALLBACK) if settings.amqp_urls else lambda _: None
         app[CANCELER] = Canceler(
             engine,
             slots=max(1, read_pool // 2),
             busy_seconds_max=settings.database_lock_timeout_seconds,
-            tell=partial(_tell_events, publisher) if settings.amqp_urls else lambda _: None,
+            tell=partial(_tell_events, app[TELL_CALLBACKS]),
         )
         # The broker may come later, or never: accepting does not need it.
         links = [Link("publish", settings.amqp_urls, publisher.session)] if settings.amqp_urls else []
@@ -153,9 +170,9 @@ def _tell(publisher: Publisher, orders: Sequence[Order]) -> None:
     publisher.offer(Work.SETTLE, [(order.id, order.shop.id) for order in orders], traceparents)
 
 
-def _tell_events(publisher: Publisher, events: Sequence[Event]) -> None:
+def _tell_events(tell: Callable[[Sequence[tuple[UUID, UUID]]], None], events: Sequence[Event]) -> None:
     """After the commit: have the callbacks of these events sent now."""
-    publisher.offer(Work.CALLBACK, ids_to_tell(events))
+    tell(ids_to_tell(events))
 
 
 def _guarded(endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.Response]]:

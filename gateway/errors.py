@@ -9,6 +9,8 @@ from aiohttp import web
 from common.errors import (
     AccessDenied,
     BodyTooLarge,
+    CallbackInProgress,
+    CallbackMissing,
     DefaultShopMissing,
     EventIdReused,
     ExternalIdReused,
@@ -59,6 +61,8 @@ HTTP_ERRORS: Final[dict[type[PayoutsError], HttpError]] = {
     InsufficientBalance: HttpError(422, "insufficient_balance"),
     NotCancelable: HttpError(422, "not_cancelable"),
     EventIdReused: HttpError(422, "event_id_reused"),
+    CallbackMissing: HttpError(422, "callback_missing"),
+    CallbackInProgress: HttpError(422, "callback_in_progress"),
     RateLimited: HttpError(429, "rate_limited", retry_after_seconds=1),
     InvariantViolated: HttpError(500, "server_error"),
     Transient: HttpError(503, "unavailable", retry_after_seconds=1),

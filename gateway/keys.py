@@ -1,5 +1,8 @@
 """Typed keys of what the application carries; here, so that handlers need not import the application."""
 
+from collections.abc import Callable, Sequence
+from uuid import UUID
+
 from aiohttp import web
 
 from common.admin import Readiness
@@ -18,3 +21,5 @@ AUTHENTICATOR = web.AppKey("AUTHENTICATOR", Authenticator)
 RAIL_SECRETS = web.AppKey("RAIL_SECRETS", RailSecrets)
 CANCELER = web.AppKey("CANCELER", Canceler)
 ACCEPTOR = web.AppKey("ACCEPTOR", Acceptor)
+# Hears after the commit of the events, with their shops, whose callbacks are due.
+TELL_CALLBACKS = web.AppKey[Callable[[Sequence[tuple[UUID, UUID]]], None]]("TELL_CALLBACKS")

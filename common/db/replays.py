@@ -15,7 +15,7 @@ from common.db.engine import Tx
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
-    """Which callbacks: in that state, of that merchant, shop and origin where given, created from `since` on, before `until`."""
+    """Which callbacks: in that state, of that merchant, shop and origin if given, created from `since` on, before `until`."""
 
     state: str
     merchant: str | None = None

@@ -18,11 +18,21 @@ from sqlalchemy import (
     Uuid,
 )
 from sqlalchemy.dialects.postgresql import CIDR, INET, JSONB
-from sqlalchemy.types import TypeEngine
+from sqlalchemy.types import TypeEngine, UserDefinedType
 
 metadata = MetaData()
 
 _TIME = DateTime(timezone=True)
+
+
+class _TransactionId(UserDefinedType[int]):
+    """The id of a transaction that is never used again; SQLAlchemy has no type for it."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_options: Any) -> str:
+        """Its name in PostgreSQL."""
+        return "xid8"
 
 
 def _required(name: str, kind: TypeEngine[Any]) -> Column[Any]:
@@ -332,6 +342,7 @@ events = Table(
     _required("body", LargeBinary()),
     _required("created_at", _TIME),
     _optional("payin_id", Uuid()),
+    _required("txid", _TransactionId()),
 )
 
 callbacks = Table(

@@ -17,8 +17,9 @@ import pytest
 from sqlalchemy import event, text
 
 from common.db.ages import find_ages
-from common.db.callbacks import lock_callback_due
+from common.db.callbacks import lock_callback_due, resend_callback
 from common.db.checks import begin_checks, check_step
+from common.db.deliveries import find_callbacks, find_payin_callbacks
 from common.db.due import (
     FIRST_TO_EXPIRE,
     Claim,
@@ -32,6 +33,7 @@ from common.db.due import (
     lock_due,
 )
 from common.db.engine import Engine, Tx
+from common.db.feed import FEED_BEGIN, Place, read_feed
 from common.db.invariants import ACCOUNTS, RULES, WALKS, Walk
 from common.db.lanes import Lease, Room, claim_in_turn, claim_told_of, find_fresh, release_lapsed
 from common.db.ledger import find_balance
@@ -261,6 +263,14 @@ HOT: dict[str, tuple[str, Work]] = {
     "count_doubts": (WORKER, lambda _crowd: count_doubts),
     "list_waiting": ("payouts_ops", lambda _crowd: lambda tx: list_waiting(tx, rows_max=50)),
     "find_ages": (WORKER, lambda _crowd: find_ages),
+    "read_feed": (GATEWAY, lambda crowd: lambda tx: read_feed(
+        tx, crowd.merchant.shop.id, after=FEED_BEGIN, with_payins=False, rows_max=201)),
+    "read_feed to its end": (GATEWAY, lambda crowd: lambda tx: read_feed(
+        tx, crowd.merchant.shop.id, after=Place(1 << 60, 0, UUID(int=0)), with_payins=True, rows_max=201)),
+    "find_callbacks": (GATEWAY, lambda crowd: lambda tx: find_callbacks(tx, *crowd.keys[0], attempts_max=100)),
+    "find_payin_callbacks": (
+        GATEWAY, lambda crowd: lambda tx: find_payin_callbacks(tx, *crowd.keys[0], attempts_max=100)),
+    "resend_callback": (GATEWAY, lambda crowd: lambda tx: resend_callback(tx, crowd.ids[0])),
 }  # fmt: skip
 
 
@@ -273,6 +283,8 @@ INDEXES: dict[str, set[str]] = {
     "release_lapsed": {"callback_due_leased"},
     "find_expired": {"payout_due_by_expiry"},
 }
+# Some of its statements only speak of settings, and of how far the server's transactions are.
+READS_NOTHING = {"read_feed", "read_feed to its end"}
 
 
 @pytest.mark.parametrize("name", HOT)
@@ -281,12 +293,39 @@ async def test_goes_by_index(crowd: Crowd, name: str) -> None:
     indexes: set[str] = set()
     for plan in await _plans(crowd.url, role, work(crowd)):
         read = {(node["Node Type"], node["Relation Name"]) for node in _nodes(plan) if "Relation Name" in node}
-        assert read, "the statement reads nothing"
+        assert read or name in READS_NOTHING, "the statement reads nothing"
         scanned = {relation for kind, relation in read if kind == "Seq Scan"}
         indexes |= {node["Index Name"] for node in _nodes(plan) if "Index Name" in node}
         assert scanned & set(WATCHED) == set()
     if name in INDEXES:
         assert {index for index in indexes if "_due_" in index} == INDEXES[name]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+async def test_a_page_of_the_feed_reads_no_more_than_the_page_wherever_it_begins(crowd: Crowd, share: float) -> None:
+    """In the order of its index, so that nothing is sorted; and from its place on, so that nothing is passed over."""
+    async with desk(crowd.url) as working:
+        behind = await fetch(
+            working.owner,
+            "SELECT CAST(e.txid AS text) AS txid, e.sequence, e.id FROM events e WHERE e.shop_id = :shop"
+            " ORDER BY e.txid, e.sequence, e.id LIMIT 1 OFFSET :behind",
+            shop=crowd.merchant.shop.id,
+            behind=int(share * (PAYOUTS // SHOPS - 1)),
+        )
+        place = Place(int(behind[0].txid), behind[0].sequence, behind[0].id)
+
+        async def read(tx: Tx) -> None:
+            await read_feed(tx, crowd.merchant.shop.id, after=place, with_payins=True, rows_max=51)
+
+        _, plan, *_ = await _plans(crowd.url, GATEWAY, read)
+        nodes = list(_nodes(plan))
+        assert [node["Node Type"] for node in nodes] == ["Limit", "Index Scan"]
+        assert nodes[-1]["Index Name"] == "events_feed"
+        assert "Filter" not in nodes[-1]
+        async with working.gateway.connect() as tx:
+            await read(tx)
+            assert (await _rows_read(tx)).get("events", 0) <= 51
+            assert await _scanned(tx) == {}
 
 
 async def _scanned(tx: Tx) -> dict[str, int]:

@@ -454,6 +454,27 @@ CASES: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("a callback that ended and is pending", WORKER, "callbacks_finished_iff_not_pending", (
         "INSERT INTO callbacks (event_id, shop_id, payout_id, url, finished_at)"
         " VALUES ('{event}', '{shop}', '{success}', 'http://localhost', now())",)),
+    ("an event of another transaction", WORKER, "events_of_their_transaction", (
+        "INSERT INTO events (id, shop_id, payout_id, sequence, type, body, txid)"
+        " SELECT '{fresh}', shop_id, payout_id, sequence + 1, type, body, '3' FROM events WHERE payout_id = '{failed}'",)),
+    *(
+        (f"{role} moves an event in the feed", role, NOT_ALLOWED, ("UPDATE events SET txid = pg_current_xact_id()",))
+        for role in APPLICATION
+    ),
+    ("the gateway reads whom an attempt reached", GATEWAY, NOT_ALLOWED, ("SELECT address FROM callback_attempts",)),
+    ("the gateway logs attempts", GATEWAY, NOT_ALLOWED, (
+        "INSERT INTO callback_attempts (event_id, shop_id, attempt_no, started_at, duration_ms)"
+        " VALUES ('{event}', '{shop}', 1, now(), 1)",)),
+    *(
+        (f"the gateway marks a callback {state}", GATEWAY, "callbacks_ended_by_worker", (
+            f"UPDATE callbacks SET state = '{state}', finished_at = now()",))
+        for state in ("delivered", "exhausted", "rejected")
+    ),
+    ("the gateway sends a callback elsewhere", GATEWAY, NOT_ALLOWED, ("UPDATE callbacks SET url = 'http://elsewhere'",)),
+    ("the gateway forgets a callback", GATEWAY, NOT_ALLOWED, ("DELETE FROM callbacks",)),
+    ("the gateway forgets what is to be called", GATEWAY, NOT_ALLOWED, ("DELETE FROM callback_due",)),
+    ("the gateway takes a callback", GATEWAY, NOT_ALLOWED, ("UPDATE callback_due SET lease_token = '{fresh}'",)),
+    ("the gateway counts attempts anew", GATEWAY, NOT_ALLOWED, ("UPDATE callback_due SET attempts_made = 0, step = 0",)),
     # Parties.
     ("two default shops", OPS, "shops_one_default_per_merchant", (_SHOP % "true",)),
     ("a shop's code for the second time", OPS, "shops_merchant_id_code_key", (
