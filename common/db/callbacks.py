@@ -68,11 +68,10 @@ _CLAIM_CALLBACKS, _CLAIM_CALLBACK_IDS = (
                  due_at = now() + make_interval(secs => CAST(:lease_seconds AS float8))
             FROM picked WHERE d.event_id = picked.event_id AND d.shop_id = picked.shop_id
           RETURNING d.event_id, d.shop_id, d.step, d.attempts_made)
-        SELECT l.event_id, l.shop_id, l.step, l.attempts_made AS attempt_no, c.url, e.body, s.webhook_secret_sealed
+        SELECT l.event_id, l.shop_id, l.step, l.attempts_made AS attempt_no, c.url, e.body
           FROM leased l
           JOIN callbacks c ON c.event_id = l.event_id AND c.shop_id = l.shop_id
           JOIN events e ON e.id = l.event_id AND e.shop_id = l.shop_id
-          JOIN shops s ON s.id = l.shop_id
         """
     )
     for picked in (_PICKED_DUE, _PICKED_IDS)
@@ -138,7 +137,6 @@ class ClaimedCallback:
     attempt_no: int
     url: str
     body: bytes
-    webhook_secret_sealed: bytes
 
 
 async def claim_callbacks(

@@ -23,13 +23,15 @@ from common.db.callbacks import (
     reschedule_callbacks,
 )
 from common.db.engine import Engine, Tx, in_transaction
+from common.db.webhook_secrets import SealedWebhookSecret, find_webhook_secrets
 from common.domain.ids import EVENT, render_id
 from common.domain.schedule import callback_delay
 from common.log import LogEvent, get_logger
 from common.messaging.codec import WorkMessage
 from common.process import end_tasks
-from common.sealing import WEBHOOK_SECRET_PURPOSE, Keyring, SealBroken
+from common.sealing import Keyring, SealBroken
 from common.settings import Settings
+from common.webhook_secrets import open_webhook_secrets
 from worker.callbacks.send import Attempt, render_headers, send_callback
 from worker.scanning import OVERDUE_SECONDS
 
@@ -122,19 +124,21 @@ class Deliverer:
                 return None
             token = uuid4()
             start_until = monotonic() + settings.callback_lease_seconds - settings.callback_timeout_seconds
-            claimed = await in_transaction(
-                self._engine,
-                lambda tx: claim_callbacks(
+
+            async def claim(tx: Tx) -> tuple[list[ClaimedCallback], dict[UUID, list[SealedWebhookSecret]]]:
+                claimed = await claim_callbacks(
                     tx,
                     token=token,
                     lease_seconds=settings.callback_lease_seconds,
                     claim_max=min(room, _CLAIM_MAX),
                     event_ids=event_ids,
                     overdue_seconds=overdue_seconds,
-                ),
-            )
+                )
+                return claimed, await find_webhook_secrets(tx, {callback.shop_id for callback in claimed})
+
+            claimed, secrets = await in_transaction(self._engine, claim)
             for callback in claimed:
-                task = asyncio.create_task(self._deliver(callback, token, start_until))
+                task = asyncio.create_task(self._deliver(callback, secrets[callback.shop_id], token, start_until))
                 self._sends.add(task)
                 task.add_done_callback(self._end)
             return len(claimed)
@@ -143,16 +147,19 @@ class Deliverer:
         self._sends.discard(task)
         self._send_ended.set()
 
-    async def _deliver(self, callback: ClaimedCallback, token: UUID, start_until: float) -> None:
+    async def _deliver(
+        self, callback: ClaimedCallback, sealed: Sequence[SealedWebhookSecret], token: UUID, start_until: float
+    ) -> None:
         event = render_id(EVENT, callback.event_id)
         try:
-            headers = self._headers(callback, event)
+            secrets = open_webhook_secrets(self._keyring, sealed)
         except SealBroken as error:
             # Our fault, not the merchant's: no step of the schedule is used, the lease runs out, somebody reads the log.
             get_logger().error(LogEvent.SECRET_UNSEALABLE, event_id=event, error=str(error))
             return
         if monotonic() > start_until:
             return
+        headers = render_headers(event, secrets, time.time(), callback.body)
         attempt = await send_callback(
             self._session, callback.url, headers, callback.body, timeout_seconds=self._settings.callback_timeout_seconds
         )
@@ -168,15 +175,6 @@ class Deliverer:
             error=attempt.error,
             duration_ms=attempt.duration_ms,
         )
-
-    def _headers(self, callback: ClaimedCallback, event: str) -> dict[str, str]:
-        secret = self._keyring.open(
-            callback.webhook_secret_sealed,
-            owner=callback.shop_id,
-            row=callback.shop_id,
-            purpose=WEBHOOK_SECRET_PURPOSE,
-        ).decode()
-        return render_headers(event, [secret], time.time(), callback.body)
 
     async def _record(self, ended: Sequence[Ended]) -> list[None]:
         now = monotonic()
