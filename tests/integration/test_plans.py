@@ -38,6 +38,7 @@ from common.db.payins import append_payin, claim_questions, find_payin, lock_pay
 from common.db.payouts import find_by_external_ids, find_moves, find_payout, lock_payouts
 from common.db.rail_events import find_rail_events_due, lock_rail_events
 from common.db.resolutions import count_doubts, list_waiting
+from common.db.webhook_secrets import find_webhook_secrets
 from gateway.accept import Accepted, decide_batch
 from tests.conftest import Server
 from tests.factories import Merchant, engine, execute, fetch, new_payin, order
@@ -66,6 +67,7 @@ WATCHED = (
     "payin_due",
     "payin_moves",
     "payin_words",
+    "webhook_secrets",
 )
 
 
@@ -232,6 +234,8 @@ HOT: dict[str, tuple[str, Work]] = {
     ),
     "claim_callbacks": (
         WORKER, lambda _crowd: lambda tx: claim_callbacks(tx, token=uuid4(), lease_seconds=60.0, claim_max=64)),
+    "find_webhook_secrets": (
+        WORKER, lambda crowd: lambda tx: find_webhook_secrets(tx, {shop for _, shop in crowd.keys})),
     "claim_due_ids": (WORKER, lambda crowd: lambda tx: claim_due_ids(tx, _claim(), crowd.ids, {})),
     "claim_callbacks of messages": (
         WORKER,
