@@ -1,17 +1,16 @@
-"""Bringing merchants in: merchants, shops with their accounts, keys, money; and the rails that pay for them.
+"""Bringing merchants in: merchants, shops with their accounts and webhook secrets, keys, money; and the rails that pay for
+them.
 
 Each change is one audited transaction. The command line and the local stack both stand on this; what it returns in the clear
 is shown once and kept nowhere.
 """
 
-import base64
-import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 from sqlalchemy.exc import IntegrityError
@@ -26,16 +25,23 @@ from common.db.merchants import (
     find_shop_by_codes,
     save_api_key_revoked,
     save_shop_rail,
+    save_webhook_url,
 )
 from common.db.rails import append_http_rail, delete_rail, has_rail
+from common.db.webhook_secrets import (
+    append_webhook_secret,
+    end_webhook_secret,
+    end_webhook_secrets,
+    list_webhook_secrets,
+)
 from common.domain.ids import new_id
 from common.domain.money import CURRENCY_EXPONENTS, parse_amount
-from common.domain.signing import WEBHOOK_SECRET_PREFIX
-from common.sealing import API_KEY_PURPOSE, RAIL_SECRET_PURPOSE, WEBHOOK_SECRET_PURPOSE, Keyring
+from common.sealing import API_KEY_PURPOSE, RAIL_SECRET_PURPOSE, Keyring
+from common.webhook_secrets import make_webhook_secret, seal_webhook_secret
+
+_T = TypeVar("_T")
 
 SCOPES: Final = ("payouts:write", "payouts:read", "payins:write", "payins:read", "balance:read")
-
-_WEBHOOK_SECRET_BYTES: Final = 32  # Standard Webhooks asks for 24 to 64.
 
 
 class OnboardingRefused(Exception):
@@ -50,6 +56,15 @@ class IssuedKey:
     secret: str = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class IssuedWebhookSecret:
+    """A new webhook secret, and until when the older ones sign beside it. It is shown now and never again."""
+
+    id: UUID
+    secret: str = field(repr=False)
+    older_until: datetime
+
+
 _TAKEN: Final = {
     "merchants_code_check": "a merchant's code is 1 to 63 characters of a-z 0-9 and -",
     "merchants_name_check": "a merchant's name is 1 to 200 characters",
@@ -60,13 +75,16 @@ _TAKEN: Final = {
     "rails_name_key": "there is a rail of that name already",
     "rails_name_check": "a rail's name is 1 to 63 characters of a-z 0-9 and -, a letter first",
     "rails_stay_while_named": "shops or unfinished payouts still name it",
+    "webhook_secrets_are_few": "the shop has three live webhook secrets already; revoke one that merchants have left, or give"
+    " no grace",
+    "webhook_secrets_one_current": "somebody else has just given the shop another secret",
 }
 
 
-async def _audited(engine: Engine, work: Callable[[Tx], Awaitable[None]]) -> None:
+async def _audited(engine: Engine, work: Callable[[Tx], Awaitable[_T]]) -> _T:
     """Run one change. Never repeated: when COMMIT's answer is lost, an operator has to look before asking again."""
     try:
-        await in_transaction(engine, work, attempts_max=1)
+        return await in_transaction(engine, work, attempts_max=1)
     except IntegrityError as error:
         raise OnboardingRefused(_TAKEN.get(constraint_name(error) or "", "the database refused it")) from error
 
@@ -98,9 +116,7 @@ async def add_shop(
     exponent = CURRENCY_EXPONENTS.get(currency)
     if exponent is None:
         raise OnboardingRefused(f"{currency} is not an ISO 4217 currency")
-    shop_id = new_id()
-    secret = WEBHOOK_SECRET_PREFIX + base64.b64encode(os.urandom(_WEBHOOK_SECRET_BYTES)).decode()
-    sealed = keyring.seal(secret.encode(), owner=shop_id, row=shop_id, purpose=WEBHOOK_SECRET_PURPOSE, now=time.time())
+    shop_id, secret = new_id(), make_webhook_secret()
 
     async def work(tx: Tx) -> None:
         await _check_rail(tx, rail)
@@ -114,9 +130,9 @@ async def add_shop(
             rail=rail,
             is_default=is_default,
             webhook_url=webhook_url,
-            webhook_secret_sealed=sealed,
             payment_data_schema=payment_data_schema,
         )
+        await _append_webhook_secret(tx, keyring, shop_id, new_id(), secret)
         await append_audit(
             tx,
             actor=actor,
@@ -185,6 +201,75 @@ async def change_rail(engine: Engine, *, merchant: str, shop: str, rail: str, ac
         await _check_rail(tx, rail)
         await save_shop_rail(tx, (await _shop(tx, merchant, shop)).id, rail)
         await append_audit(tx, actor=actor, action="shop.rail", subject=f"{merchant}/{shop}", detail={"rail": rail})
+
+    await _audited(engine, work)
+
+
+async def change_webhook_url(engine: Engine, *, merchant: str, shop: str, url: str | None, actor: str) -> None:
+    """Another URL for what is told without a `callback_url` from now on, or none. Raises: `OnboardingRefused`."""
+
+    async def work(tx: Tx) -> None:
+        await save_webhook_url(tx, (await _shop(tx, merchant, shop)).id, url)
+        await append_audit(tx, actor=actor, action="shop.webhook", subject=f"{merchant}/{shop}", detail={"url": url})
+
+    await _audited(engine, work)
+
+
+async def rotate_webhook_secret(
+    engine: Engine,
+    keyring: Keyring,
+    *,
+    merchant: str,
+    shop: str,
+    grace_seconds: float,
+    reason: str,
+    actor: str,
+    secret: str | None = None,
+) -> IssuedWebhookSecret:
+    """Give a shop another webhook secret, a fresh one unless it is given; the older ones end within `grace_seconds`.
+
+    Raises: `OnboardingRefused`, also when the shop would have too many.
+    """
+    secret_id, secret = new_id(), secret or make_webhook_secret()
+
+    async def work(tx: Tx) -> datetime:
+        shop_id = (await _shop(tx, merchant, shop)).id
+        older_until = await end_webhook_secrets(tx, shop_id, grace_seconds=grace_seconds)
+        if older_until is None:
+            raise OnboardingRefused(_TAKEN["webhook_secrets_one_current"])
+        await _append_webhook_secret(tx, keyring, shop_id, secret_id, secret)
+        await append_audit(
+            tx,
+            actor=actor,
+            action="shop.rotate_webhook_secret",
+            subject=f"{merchant}/{shop}",
+            reason=reason,
+            detail={"secret_id": str(secret_id), "grace_seconds": grace_seconds},
+        )
+        return older_until
+
+    return IssuedWebhookSecret(secret_id, secret, await _audited(engine, work))
+
+
+async def revoke_webhook_secret(
+    engine: Engine, *, merchant: str, shop: str, secret_id: UUID, reason: str, actor: str
+) -> None:
+    """End an older webhook secret now. Raises: `OnboardingRefused`, also for the current one."""
+
+    async def work(tx: Tx) -> None:
+        if not await end_webhook_secret(tx, (await _shop(tx, merchant, shop)).id, secret_id):
+            listed = await list_webhook_secrets(tx, (merchant, shop))
+            if any(row.id == secret_id for row in listed):
+                raise OnboardingRefused(f"{secret_id} is the current one: rotate with --grace 0, which ends it now")
+            raise OnboardingRefused(f"the shop {shop} has no secret {secret_id}")
+        await append_audit(
+            tx,
+            actor=actor,
+            action="shop.revoke_webhook_secret",
+            subject=f"{merchant}/{shop}",
+            reason=reason,
+            detail={"secret_id": str(secret_id)},
+        )
 
     await _audited(engine, work)
 
@@ -268,6 +353,11 @@ async def top_up(engine: Engine, *, merchant: str, shop: str, amount: str, reaso
         )
 
     await _audited(engine, work)
+
+
+async def _append_webhook_secret(tx: Tx, keyring: Keyring, shop_id: UUID, secret_id: UUID, secret: str) -> None:
+    sealed = seal_webhook_secret(keyring, secret, shop_id=shop_id, secret_id=secret_id, now=time.time())
+    await append_webhook_secret(tx, secret_id=secret_id, shop_id=shop_id, sealed=sealed)
 
 
 async def _check_rail(tx: Tx, name: str) -> None:

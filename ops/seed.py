@@ -1,21 +1,25 @@
 """The demo merchant: a shop with money, another whose payouts a bank pays, and a key. Made once, found again."""
 
-import base64
-import os
-import time
 from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import urlsplit
 from uuid import UUID
 
 from common.db.engine import Engine, Tx, create_engine, in_transaction
-from common.db.ledger import append_adjustment, append_audit, lock_accounts
-from common.db.merchants import find_merchant_id, find_shop_by_codes, list_api_keys, save_webhook_secret
+from common.db.ledger import append_adjustment, lock_accounts
+from common.db.merchants import find_merchant_id, find_shop_by_codes, list_api_keys
 from common.db.rails import has_rail
-from common.domain.signing import WEBHOOK_SECRET_PREFIX
-from common.sealing import KEY_BYTES, WEBHOOK_SECRET_PURPOSE, Keyring
+from common.sealing import Keyring
 from common.settings import Settings
-from ops.onboarding import add_http_rail, add_key, add_merchant, add_shop, change_rail, top_up
+from ops.onboarding import (
+    add_http_rail,
+    add_key,
+    add_merchant,
+    add_shop,
+    change_rail,
+    rotate_webhook_secret,
+    top_up,
+)
 from ops.state import Demo
 
 MERCHANT: Final = "demo"
@@ -64,7 +68,7 @@ async def seed_bank(settings: Settings, bank_url: str, webhook_secret: str) -> t
             await top_up(engine, merchant=MERCHANT, shop=BANK_SHOP, amount="1000000.00", reason="funds", actor=_ACTOR)
         elif is_new:
             await change_rail(engine, merchant=MERCHANT, shop=BANK_SHOP, rail=rail, actor=_ACTOR)
-        await _save_webhook_secret(engine, settings.keyring, BANK_SHOP, webhook_secret)
+        await _renew_webhook_secret(engine, settings.keyring, BANK_SHOP, webhook_secret)
         return rail, secret
     finally:
         await engine.dispose()
@@ -101,7 +105,8 @@ async def _see_to_shop(engine: Engine, keyring: Keyring, known: Demo | None) -> 
     shop = await in_transaction(engine, lambda tx: find_shop_by_codes(tx, MERCHANT, SHOP))
     if shop is None:
         return await _add_shop(engine, keyring, SHOP, "sandbox", is_default=True)
-    return await _renew_webhook_secret(engine, keyring) if known is None else known.webhook_secret
+    # Nobody remembers the secret that it has.
+    return await _renew_webhook_secret(engine, keyring, SHOP) if known is None else known.webhook_secret
 
 
 async def _add_shop(engine: Engine, keyring: Keyring, code: str, rail: str, *, is_default: bool) -> str:
@@ -119,25 +124,19 @@ async def _add_shop(engine: Engine, keyring: Keyring, code: str, rail: str, *, i
     )
 
 
-async def _renew_webhook_secret(engine: Engine, keyring: Keyring) -> str:
-    """Give the shop another webhook secret: nobody remembers the one it has."""
-    secret = WEBHOOK_SECRET_PREFIX + base64.b64encode(os.urandom(KEY_BYTES)).decode()
-    await _save_webhook_secret(engine, keyring, SHOP, secret)
-    return secret
-
-
-async def _save_webhook_secret(engine: Engine, keyring: Keyring, code: str, secret: str) -> None:
-    async def work(tx: Tx) -> None:
-        shop = await find_shop_by_codes(tx, MERCHANT, code)
-        if shop is None:
-            raise LookupError(code)
-        sealed = keyring.seal(
-            secret.encode(), owner=shop.id, row=shop.id, purpose=WEBHOOK_SECRET_PURPOSE, now=time.time()
-        )
-        await save_webhook_secret(tx, shop.id, sealed)
-        await append_audit(tx, actor=_ACTOR, action="shop.renew_webhook_secret", subject=f"{MERCHANT}/{code}")
-
-    await in_transaction(engine, work)
+async def _renew_webhook_secret(engine: Engine, keyring: Keyring, code: str, secret: str | None = None) -> str:
+    """Give a shop that webhook secret, else a fresh one; the ones before end now."""
+    issued = await rotate_webhook_secret(
+        engine,
+        keyring,
+        merchant=MERCHANT,
+        shop=code,
+        grace_seconds=0,
+        reason="the demo's start",
+        actor=_ACTOR,
+        secret=secret,
+    )
+    return issued.secret
 
 
 async def _fund(tx: Tx) -> None:

@@ -53,7 +53,6 @@ class ClaimedCallback:
     body: bytes
     slow: bool
     resume_at: datetime | None
-    webhook_secret_sealed: bytes
 
 
 _LOCK_READY = text(
@@ -164,12 +163,11 @@ _CLAIM = """
         FROM waiting w WHERE d.event_id = w.event_id AND d.shop_id = w.shop_id AND NOT d.in_lane
          AND NOT EXISTS (SELECT 1 FROM taken t WHERE t.event_id = w.event_id))
     SELECT places.lane_id AS place, r.event_id, r.shop_id, r.step, r.attempts_made AS attempt_no, r.slow, r.resume_at,
-           c.url, e.body, s.webhook_secret_sealed
+           c.url, e.body
       FROM places LEFT JOIN leased r ON r.lane_id = places.lane_id
       LEFT JOIN LATERAL (
         SELECT c.url FROM callbacks c WHERE c.event_id = r.event_id AND c.shop_id = r.shop_id LIMIT 1) c ON true
       LEFT JOIN LATERAL (SELECT e.body FROM events e WHERE e.id = r.event_id AND e.shop_id = r.shop_id LIMIT 1) e ON true
-      LEFT JOIN LATERAL (SELECT s.webhook_secret_sealed FROM shops s WHERE s.id = r.shop_id LIMIT 1) s ON true
     """
 _CLAIM_IN_TURN, _CLAIM_TOLD_OF = text(_IN_TURN + _CLAIM), text(_TOLD_OF + _CLAIM)
 
@@ -332,7 +330,6 @@ async def _claim(
                     row.body,
                     row.slow,
                     row.resume_at,
-                    row.webhook_secret_sealed,
                 )
             )
     await save_turns(tx, [Turn(lane, n, 0.0 if n else _NOTHING_FITTED_SECONDS) for lane, n in taken.items()])

@@ -140,7 +140,12 @@ async def find_shop_by_codes(tx: Tx, merchant_code: str, shop_code: str) -> Row[
     return (
         await tx.execute(
             select(
-                shops.c.id, shops.c.code, shops.c.currency, shops.c.currency_exponent, accounts.c.id.label("account_id")
+                shops.c.id,
+                shops.c.code,
+                shops.c.currency,
+                shops.c.currency_exponent,
+                shops.c.webhook_url,
+                accounts.c.id.label("account_id"),
             )
             .join(merchants, merchants.c.id == shops.c.merchant_id)
             .join(accounts, accounts.c.shop_id == shops.c.id)
@@ -165,10 +170,9 @@ async def append_shop(
     rail: str,
     is_default: bool,
     webhook_url: str | None,
-    webhook_secret_sealed: bytes,
     payment_data_schema: dict[str, Any] | None,
 ) -> int:
-    """A new shop with its empty account; returns the account's id.
+    """A new shop with its empty account; returns the account's id. Its first webhook secret comes in the same transaction.
 
     Raises: `IntegrityError` (`shops_merchant_id_code_key`, `shops_one_default_per_merchant`).
     """
@@ -182,7 +186,6 @@ async def append_shop(
             rail=rail,
             is_default=is_default,
             webhook_url=webhook_url,
-            webhook_secret_sealed=webhook_secret_sealed,
             **({} if payment_data_schema is None else {"payment_data_schema": payment_data_schema}),
         )
     )
@@ -238,9 +241,9 @@ async def save_shop_rail(tx: Tx, shop_id: UUID, rail: str) -> None:
     await tx.execute(update(shops).where(shops.c.id == shop_id).values(rail=rail))
 
 
-async def save_webhook_secret(tx: Tx, shop_id: UUID, sealed: bytes) -> None:
-    """Give a shop another webhook secret, sealed for (shop, shop)."""
-    await tx.execute(update(shops).where(shops.c.id == shop_id).values(webhook_secret_sealed=sealed))
+async def save_webhook_url(tx: Tx, shop_id: UUID, url: str | None) -> None:
+    """Give a shop another URL for what is told from now on, or none; events that exist keep theirs."""
+    await tx.execute(update(shops).where(shops.c.id == shop_id).values(webhook_url=url))
 
 
 async def list_shops(tx: Tx, merchant_code: str | None) -> Sequence[Row[*tuple[Any, ...]]]:

@@ -153,6 +153,14 @@ async def has_callback(tx: Tx, event_id: UUID) -> bool:
     return await tx.scalar(select(callbacks.c.event_id).where(callbacks.c.event_id == event_id)) is not None
 
 
+async def find_callback(tx: Tx, event_id: UUID) -> StoredRow | None:
+    """What is told about an event, of which shop, and where; None when nobody is called about it."""
+    query = select(callbacks.c.shop_id, callbacks.c.url, events.c.body).join(
+        events, (events.c.id == callbacks.c.event_id) & (events.c.shop_id == callbacks.c.shop_id)
+    )
+    return (await tx.execute(query.where(callbacks.c.event_id == event_id))).one_or_none()
+
+
 async def _find_due(tx: Tx, payout: StoredRow) -> StoredRow | None:
     query = select(payout_due.c.rail, payout_due.c.due_at, payout_due.c.lease_token.is_not(None).label("leased"))
     return (

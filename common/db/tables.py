@@ -65,9 +65,18 @@ shops = Table(
     _required("is_default", Boolean()),
     _required("rail", Text()),
     _optional("webhook_url", Text()),
-    _required("webhook_secret_sealed", LargeBinary()),
     _optional("payment_data_schema", JSONB()),
     _required("created_at", _TIME),
+)
+
+webhook_secrets = Table(
+    "webhook_secrets",
+    metadata,
+    _required("id", Uuid()),
+    _required("shop_id", Uuid()),
+    _required("sealed", LargeBinary()),
+    _required("created_at", _TIME),
+    _optional("not_after", _TIME),
 )
 
 api_keys = Table(

@@ -2,13 +2,16 @@
 
 import json
 from datetime import datetime
+from typing import Final
 from uuid import UUID
 
-from common.domain.ids import PAYIN, PAYOUT, render_id
+from common.domain.ids import EVENT, PAYIN, PAYOUT, render_id
 from common.domain.money import render_amount
 from common.domain.payin import PayinState, render_payin_failure
 from common.domain.payout import State, render_failure
 from common.domain.times import render_time
+
+TEST_EVENT_TYPE: Final = "test.ping"
 
 
 def event_type(state: State) -> str:
@@ -74,6 +77,13 @@ def render_payin_event(
         sequence=sequence,
         failure=None if failure_code is None else render_payin_failure(failure_code),
         updated_at=render_time(updated_at),
+    )
+
+
+def render_test_event(*, event_id: UUID, shop_code: str, created_at: datetime) -> bytes:
+    """An event of nothing but itself, for a merchant's server to try its checks on."""
+    return _render(
+        TEST_EVENT_TYPE, id=render_id(EVENT, event_id), shop_code=shop_code, created_at=render_time(created_at)
     )
 
 

@@ -22,19 +22,22 @@ from ops.cli.parked import parked_group
 from ops.cli.parties import key_group, merchant_group, shop_group
 from ops.cli.payins import payin_group
 from ops.cli.payouts import payout_group
+from ops.cli.probing import preview_command, test_command
 from ops.cli.rails import rail_group
 from ops.cli.replays import replay_command, resume_command
 from ops.cli.resolving import list_waiting_command, resolve_command
 from ops.cli.sign import sign_command
 from ops.cli.simulator import simulator_command
+from ops.cli.webhook_secrets import secret_group
 
 # How Python shows bytes that are not UTF-8 in what comes from the operating system.
 _NOT_UTF_8: Final = re.compile("[\ud800-\udfff]")
 
 for _command in (list_waiting_command, resolve_command):
     payout_group.add_command(_command)
-for _command in (replay_command, resume_command):
+for _command in (preview_command, test_command, replay_command, resume_command):
     callbacks_group.add_command(_command)
+shop_group.add_command(secret_group)
 
 _COMMANDS: Final = (
     merchant_group,

@@ -68,6 +68,12 @@ async def _why_not(tx: Tx, event_id: UUID) -> str:
     event = render_id(EVENT, event_id)
     if await has_callback(tx, event_id):
         return f"an attempt to deliver {event} is under way; repeat the command in a minute"
+    return await why_no_callback(tx, event_id)
+
+
+async def why_no_callback(tx: Tx, event_id: UUID) -> str:
+    """Why nobody is called about an event, in words."""
+    event = render_id(EVENT, event_id)
     if await has_event(tx, event_id):
         return f"nobody asked to be called about {event}"
     return f"there is no event {event}"

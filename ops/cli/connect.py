@@ -18,6 +18,7 @@ from ops.cli.errors import EXPLAINED, NeverReached, Refused, Unreachable, explai
 from ops.state import FOLDER, LOCAL_DEFAULTS, find_demo, find_or_make_keys
 
 OPS: Final = "payouts_ops"
+WORKER: Final = "payouts_worker"
 READONLY: Final = "payouts_readonly"
 
 _T = TypeVar("_T")
@@ -43,6 +44,16 @@ def run_sealing(work: Callable[[Engine, Keyring], Awaitable[_T]]) -> _T:
     settings = _parse_settings(read_environment())
     with _unsure_when_unreachable():
         return _run(settings, OPS, lambda engine: work(engine, settings.keyring))
+
+
+def run_opening(work: Callable[[Engine, Settings], Awaitable[_T]]) -> _T:
+    """What `work` returns, which opens webhook secrets and changes nothing.
+
+    As `payouts_worker`: no other role may read a sealed one, and so whoever is to look needs that role and the keys.
+    Raises: `Refused`, also without keys; `Unreachable`.
+    """
+    settings = _parse_settings(read_environment())
+    return _run(settings, WORKER, lambda engine: work(engine, settings))
 
 
 def run_explained(work: Coroutine[Any, Any, _T]) -> _T:

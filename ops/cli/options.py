@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
@@ -23,6 +24,23 @@ def parse_line(characters_max: int) -> Callable[[str], str]:
         if not 1 <= len(line) <= characters_max or not line.isprintable():
             raise click.BadParameter(f"must be one line of 1 to {characters_max} printable characters")
         return line
+
+    return parse
+
+
+_DURATION: Final = re.compile(r"0|([0-9]{1,9})([smhd])", re.ASCII)
+_UNIT_SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+
+
+def parse_duration(seconds_max: int) -> Callable[[str], int]:
+    """Reads a number with a unit, `90s`, `30m`, `24h` or `7d`, or 0, as seconds."""
+
+    def parse(text: str) -> int:
+        found = _DURATION.fullmatch(text)
+        seconds = int(found[1]) * _UNIT_SECONDS[found[2]] if found and found[1] else 0
+        if found is None or seconds > seconds_max:
+            raise click.BadParameter(f"must be 0 or like 90s, 30m, 24h or 7d, and at most {seconds_max // 86_400}d")
+        return seconds
 
     return parse
 

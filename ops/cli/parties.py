@@ -14,10 +14,19 @@ from jsonschema.exceptions import SchemaError
 from common.db.engine import in_transaction
 from common.db.merchants import list_api_keys, list_shops
 from common.domain.addresses import parse_callback_url
-from ops.cli.connect import run_changing, run_connected, run_sealing
+from ops.cli.connect import read_settings, run_changing, run_connected, run_sealing
+from ops.cli.errors import Refused
 from ops.cli.options import actor_option, json_option, merchant_option, parse_line, parse_shop
 from ops.cli.output import show_record, show_records, show_secret
-from ops.onboarding import SCOPES, add_key, add_merchant, add_shop, change_rail, revoke_key
+from ops.onboarding import (
+    SCOPES,
+    add_key,
+    add_merchant,
+    add_shop,
+    change_rail,
+    change_webhook_url,
+    revoke_key,
+)
 
 
 @click.group("merchant")
@@ -121,6 +130,28 @@ def change_rail_command(shop: tuple[str, str], rail: str, actor: str, as_json: b
     """Have RAIL pay what MERCHANT/SHOP creates from now on; what was created before keeps its own."""
     run_changing(lambda engine: change_rail(engine, merchant=shop[0], shop=shop[1], rail=rail, actor=actor))
     show_record({"shop": "/".join(shop), "rail": rail}, as_json=as_json)
+
+
+@shop_group.command("webhook")
+@click.argument("shop", type=parse_shop, metavar="MERCHANT/SHOP")
+@click.argument("url", required=False)
+@click.option("--none", "is_none", is_flag=True, help="Tell nobody where a payout names no URL.")
+@actor_option
+@json_option
+def change_webhook_command(shop: tuple[str, str], url: str | None, is_none: bool, actor: str, as_json: bool) -> None:
+    """Call URL about what MERCHANT/SHOP creates without a callback_url, from now on; events that exist keep their URL.
+
+    It is judged like a callback_url, by PAYOUTS_CALLBACK_PRIVATE_ADDRESSES and PAYOUTS_CALLBACK_PORTS.
+    """
+    if is_none == (url is not None):
+        raise click.UsageError("either a URL or --none")
+    settings = read_settings()
+    if url is not None and not parse_callback_url(
+        url, private_allowed=settings.callback_private_addresses, ports=settings.callback_ports
+    ):
+        raise Refused("the URL must be an absolute http(s) URL without user info, to no forbidden address or port")
+    run_changing(lambda engine: change_webhook_url(engine, merchant=shop[0], shop=shop[1], url=url, actor=actor))
+    show_record({"shop": "/".join(shop), "webhook_url": url}, as_json=as_json)
 
 
 @shop_group.command("list")

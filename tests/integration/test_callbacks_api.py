@@ -9,8 +9,9 @@ from uuid import UUID, uuid4
 import pytest
 import pytest_asyncio
 
-from common.db.callbacks import CallbackAttempt, append_callback_attempts, claim_callbacks, finish_callbacks
+from common.db.callbacks import CallbackAttempt, append_callback_attempts, finish_callbacks
 from common.db.engine import in_transaction
+from common.db.lanes import Lease, Room, claim_told_of
 from common.domain.ids import EVENT, PAYOUT, render_id
 from ops.onboarding import add_key
 from tests.factories import ACTOR, Merchant, execute, fetch
@@ -219,8 +220,7 @@ async def test_while_it_is_being_sent_no_next_attempt_is_promised(gateway: Gatew
 async def claim(working: Desk, event_id: UUID) -> None:
     """Take one callback as a worker does, and do nothing more."""
     (taken,) = await in_transaction(
-        working.worker,
-        lambda tx: claim_callbacks(tx, token=uuid4(), lease_seconds=60.0, claim_max=1, event_ids=[event_id]),
+        working.worker, lambda tx: claim_told_of(tx, Lease(uuid4(), 60.0), Room(1, 1, 1, 1, {}), [event_id])
     )
     assert taken.event_id == event_id
 

@@ -128,6 +128,10 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "rail on",
         "rail remove",
         "shop rail",
+        "shop webhook",
+        "shop secret rotate",
+        "shop secret revoke",
+        "callbacks test",
     }
     assert asks_reason == {
         "balance topup",
@@ -138,6 +142,8 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "rail off",
         "rail on",
         "rail remove",
+        "shop secret rotate",
+        "shop secret revoke",
     }
 
 
@@ -170,6 +176,16 @@ async def test_no_command_at_all_shows_what_there_is() -> None:
         (["payout", "show", "PAY-1", "--shop", "dhaka"], ["MERCHANT/SHOP"]),
         (["callbacks", "resend", "PAY-1", "--reason", "x"], ["not the id of an event"]),
         (["callbacks", "list", "--shop", "acme/dhaka"], ["--payout"]),
+        (["callbacks", "preview", "PAY-1"], ["not the id of an event"]),
+        (["callbacks", "test", "acme/dhaka", "--url", "ftp://a.example/"], ["http(s)"]),
+        (["shop", "webhook", "acme/dhaka"], ["--none"]),
+        (["shop", "webhook", "acme/dhaka", URL, "--none"], ["--none"]),
+        (["shop", "secret", "rotate", "acme/dhaka"], ["--reason"]),
+        *(
+            (["shop", "secret", "rotate", "acme/dhaka", "--reason", "x", "--grace", grace], ["24h", "at most 7d"])
+            for grace in ("8d", "169h", "1", "-1h", "1.5h", "h", "24H", "", "\u0661h", "999999999d")
+        ),
+        (["shop", "secret", "revoke", "acme/dhaka", "evt_1", "--reason", "x"], ["not the id of a webhook secret"]),
         (["parked", "drop", "--reason", "x"], ["--all"]),
         (["parked", "drop", "some-id", "--all", "--reason", "x"], ["--all"]),
         (["parked", "replay", "--all"], ["--reason"]),

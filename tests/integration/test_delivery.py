@@ -380,11 +380,11 @@ async def test_both_answers_in_one_batch_deliver(database_url: str) -> None:
 async def test_a_secret_that_does_not_open_sends_nothing_and_gives_nothing_up(database_url: str) -> None:
     async with staging(database_url) as stage:
         await stage.tell()
-        sealed = await stage.desk.one("SELECT webhook_secret_sealed AS it FROM shops")
-        await execute(stage.desk.owner, "UPDATE shops SET webhook_secret_sealed = ''")
+        secret = await stage.desk.one("SELECT sealed FROM webhook_secrets")
+        await execute(stage.desk.owner, "UPDATE webhook_secrets SET sealed = ''")
         await stage.deliver()
         assert (stage.receiver.calls, await stage.attempts()) == ([], [])
-        await execute(stage.desk.owner, "UPDATE shops SET webhook_secret_sealed = :it", it=sealed.it)
+        await execute(stage.desk.owner, "UPDATE webhook_secrets SET sealed = :sealed", sealed=secret.sealed)
         await stage.travel()
         await stage.deliver()
         assert (await stage.callback()).state == "delivered"

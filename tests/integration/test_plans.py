@@ -41,6 +41,7 @@ from common.db.payins import append_payin, claim_questions, find_payin, lock_pay
 from common.db.payouts import find_by_external_ids, find_moves, find_payout, lock_payouts
 from common.db.rail_events import find_rail_events_due, lock_rail_events
 from common.db.resolutions import count_doubts, list_waiting
+from common.db.webhook_secrets import find_webhook_secrets
 from gateway.accept import Accepted, decide_batch
 from tests.conftest import Server
 from tests.factories import Merchant, engine, execute, fetch, new_payin, order
@@ -71,6 +72,7 @@ WATCHED = (
     "payin_due",
     "payin_moves",
     "payin_words",
+    "webhook_secrets",
 )
 
 
@@ -245,6 +247,8 @@ HOT: dict[str, tuple[str, Work]] = {
     "find_fresh": (WORKER, lambda _crowd: lambda tx: find_fresh(tx, overdue_seconds=0.0, rows_max=BATCH)),
     "claim_in_turn": (WORKER, lambda _crowd: lambda tx: claim_in_turn(tx, Lease(uuid4(), 60.0), ROOM)),
     "release_lapsed": (WORKER, lambda _crowd: release_lapsed),
+    "find_webhook_secrets": (
+        WORKER, lambda crowd: lambda tx: find_webhook_secrets(tx, {shop for _, shop in crowd.keys})),
     "claim_due_ids": (WORKER, lambda crowd: lambda tx: claim_due_ids(tx, _claim(), crowd.ids, {})),
     "claim_told_of": (
         WORKER,

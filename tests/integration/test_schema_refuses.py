@@ -251,12 +251,16 @@ def _moves(payout: str, *states: str) -> list[str]:
 
 
 _SHOP = (
-    "INSERT INTO shops (id, merchant_id, code, currency, currency_exponent, is_default, rail, webhook_secret_sealed)"
-    " VALUES ('{fresh}', '{merchant}', 'second', 'BDT', 2, %s, 'sandbox', '')"
+    "INSERT INTO shops (id, merchant_id, code, currency, currency_exponent, is_default, rail)"
+    " VALUES ('{fresh}', '{merchant}', 'second', 'BDT', 2, %s, 'sandbox')"
 )
 _KEY = (
     "INSERT INTO api_keys (id, public_id, merchant_id, secret_sealed, scopes)"
     " VALUES ('{fresh}', 'pk_of_a_test', '{merchant}', '', %s)"
+)
+_WEBHOOK_SECRET = "INSERT INTO webhook_secrets (id, shop_id, sealed) VALUES (gen_random_uuid(), '{shop}', '')"
+_END_SECRETS = (
+    "UPDATE webhook_secrets SET not_after = now() + interval '168 hours' WHERE shop_id = '{shop}' AND not_after IS NULL"
 )
 _ADJUSTMENT = _entry("adjustment", audit_id="{unused_audit}")
 
@@ -591,10 +595,10 @@ CASES: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("ops create payouts", OPS, NOT_ALLOWED, (_create(),)),
     ("ops read a sealed recipient", OPS, NOT_ALLOWED, ("SELECT recipient_sealed FROM payouts",)),
     ("ops read a key's secret", OPS, NOT_ALLOWED, ("SELECT secret_sealed FROM api_keys",)),
-    ("ops read a webhook's secret", OPS, NOT_ALLOWED, ("SELECT webhook_secret_sealed FROM shops",)),
+    ("ops read a webhook's secret", OPS, NOT_ALLOWED, ("SELECT sealed FROM webhook_secrets",)),
     ("readers read a sealed recipient", READONLY, NOT_ALLOWED, ("SELECT recipient_sealed FROM payouts",)),
     ("readers read a key's secret", READONLY, NOT_ALLOWED, ("SELECT secret_sealed FROM api_keys",)),
-    ("readers read a webhook's secret", READONLY, NOT_ALLOWED, ("SELECT webhook_secret_sealed FROM shops",)),
+    ("readers read a webhook's secret", READONLY, NOT_ALLOWED, ("SELECT sealed FROM webhook_secrets",)),
     ("readers lock accounts", READONLY, NOT_ALLOWED, ("SELECT lock_accounts(ARRAY[1::bigint], 1000)",)),
     *(
         (f"{role} makes tables", role, NOT_ALLOWED, ("CREATE TABLE public.mine (id int)",))
@@ -616,6 +620,8 @@ async def test_the_cases_begin_where_the_right_thing_passes(world: World) -> Non
     assert (
         await _refusal(world, WORKER, _word("{verifying}", "paid"), _end("{verifying}", "success", "capture")) is None
     )
+    rotated = (_END_SECRETS, _WEBHOOK_SECRET, _END_SECRETS, _WEBHOOK_SECRET)
+    assert await _refusal(world, OPS, *rotated, "SET CONSTRAINTS ALL IMMEDIATE") is None
     assert await _refusal(world, OPS, _SHOP % "false", _KEY % "'{{payouts:read}}'", _ADJUSTMENT) is None
     assert await _refusal(world, WORKER, _finish("{sending}", "paid"), _end("{sending}", "success", "capture")) is None
     failed = _end("{sending}", "failed", "release", failure="'other'")
@@ -840,7 +846,30 @@ CASES += [
     ("a revoked key lives again", OPS, "api_keys_stay_revoked", (
         "UPDATE api_keys SET revoked_at = now() WHERE id = '{key}'",
         "UPDATE api_keys SET revoked_at = NULL WHERE id = '{key}'")),
-    ("the gateway reads webhook secrets", GATEWAY, NOT_ALLOWED, ("SELECT webhook_secret_sealed FROM shops",)),
+    ("the gateway reads webhook secrets", GATEWAY, NOT_ALLOWED, ("SELECT id FROM webhook_secrets",)),
+    ("the worker makes a webhook secret", WORKER, NOT_ALLOWED, (_WEBHOOK_SECRET,)),
+    ("the worker ends a webhook secret", WORKER, NOT_ALLOWED, ("UPDATE webhook_secrets SET not_after = now()",)),
+    ("ops exchange a secret's seal", OPS, NOT_ALLOWED, ("UPDATE webhook_secrets SET sealed = ''",)),
+    ("ops forget a secret", OPS, NOT_ALLOWED, ("DELETE FROM webhook_secrets",)),
+    ("two current secrets", OPS, "webhook_secrets_one_current", (_WEBHOOK_SECRET,)),
+    ("a fourth live secret", OPS, "webhook_secrets_are_few", (
+        _END_SECRETS, _WEBHOOK_SECRET, _END_SECRETS, _WEBHOOK_SECRET, _END_SECRETS, _WEBHOOK_SECRET)),
+    ("a secret that begins with its end", OWNER, "webhook_secrets_are_few", (
+        _WEBHOOK_SECRET.replace("sealed)", "sealed, not_after)").replace("''", "'', now()"),)),
+    ("a secret lives again", OPS, "webhook_secrets_end_once", (
+        _END_SECRETS, "UPDATE webhook_secrets SET not_after = NULL WHERE shop_id = '{shop}'")),
+    ("a secret lives longer", OPS, "webhook_secrets_end_once", (
+        _END_SECRETS, "UPDATE webhook_secrets SET not_after = not_after + interval '1 second' WHERE shop_id = '{shop}'")),
+    ("a secret's end is more than a week away", OPS, "webhook_secrets_end_once", (
+        "UPDATE webhook_secrets SET not_after = now() + interval '168 hours 1 second' WHERE shop_id = '{shop}'",)),
+    ("a secret goes to another shop", OWNER, "webhook_secrets_end_once", (
+        "UPDATE webhook_secrets SET shop_id = '{other_shop}' WHERE shop_id = '{shop}'",)),
+    ("a secret ends before it begins", OWNER, "webhook_secrets_begin_before_end", (
+        "UPDATE webhook_secrets SET not_after = created_at - interval '1 second' WHERE shop_id = '{shop}'",)),
+    ("a shop without a secret", OPS, "shops_have_webhook_secret", (_SHOP % "false", "SET CONSTRAINTS ALL IMMEDIATE")),
+    ("a shop's only secret ends", OPS, "shops_have_webhook_secret", (_END_SECRETS, "SET CONSTRAINTS ALL IMMEDIATE")),
+    ("a shop's secret is forgotten", OWNER, "shops_have_webhook_secret", (
+        "DELETE FROM webhook_secrets WHERE shop_id = '{shop}'", "SET CONSTRAINTS ALL IMMEDIATE")),
 ]  # fmt: skip
 
 

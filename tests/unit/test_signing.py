@@ -2,7 +2,8 @@
 import base64
 import json
 import time
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,6 +61,33 @@ def test_a_callback_says_what_it_is_and_what_it_cannot_read() -> None:
     assert headers["content-type"] == "application/json"
     assert headers["accept-encoding"] == "identity"
     assert headers["user-agent"].startswith("payouts/")
+
+
+def test_the_reference_signature_stands_first_or_second_as_its_secret_is_newer_or_older() -> None:
+    (vector,) = [vector for vector in VECTORS["callbacks"] if vector["webhook_id"].startswith("msg_")]
+    signed = vector["webhook_id"], int(vector["webhook_timestamp"]), vector["body"].encode()
+    other = sign_webhook([OLDER], *signed)
+    assert vector["webhook_signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+    assert sign_webhook([NEWEST, OLDER], *signed) == f"{vector['webhook_signature']} {other}"
+    assert sign_webhook([OLDER, NEWEST], *signed) == f"{other} {vector['webhook_signature']}"
+
+
+@pytest.fixture(params=["Asia/Bangkok", "America/St_Johns"])
+def far_from_utc(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The process in another time zone."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TZ", request.param)
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_from_utc")
+def test_headers_are_the_same_in_every_time_zone() -> None:
+    assert datetime.now().astimezone().utcoffset() != timedelta(0)
+    headers = render_headers(EVENT, [NEWEST], 1764929700.0, b"{}")
+    assert (headers["webhook-timestamp"], headers["X-Timestamp"]) == ("1764929700", "2025-12-05T10:15:00Z")
+    assert Webhook(NEWEST).verify("{}", render_headers(EVENT, [NEWEST], time.time(), b"{}")) == {}
 
 
 def test_both_timestamps_of_a_callback_are_one_moment() -> None:

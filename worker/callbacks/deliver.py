@@ -39,14 +39,16 @@ from common.db.lanes import (
     release_lapsed,
     save_lanes,
 )
+from common.db.webhook_secrets import SealedWebhookSecret, find_webhook_secrets
 from common.domain.ids import EVENT, render_id
 from common.domain.lane import SLOW_MILLISECONDS, Exchange, learn
 from common.domain.schedule import callback_delay
 from common.log import LogEvent, get_logger
 from common.messaging.codec import WorkMessage
 from common.process import end_tasks
-from common.sealing import WEBHOOK_SECRET_PURPOSE, Keyring, SealBroken
+from common.sealing import Keyring, SealBroken
 from common.settings import Settings
+from common.webhook_secrets import open_webhook_secrets
 from worker.callbacks.send import Attempt, render_headers, send_callback
 from worker.scanning import OVERDUE_SECONDS
 
@@ -190,10 +192,16 @@ class Deliverer:
             settings, room = self._settings, self._room()
             lease = Lease(uuid4(), settings.callback_lease_seconds)
             started = monotonic()
-            claimed = await in_transaction(self._engine, lambda tx: claim(tx, lease, room))
             start_until = started + settings.callback_lease_seconds - settings.callback_timeout_seconds
+
+            async def work(tx: Tx) -> tuple[list[ClaimedCallback], dict[UUID, list[SealedWebhookSecret]]]:
+                claimed = await claim(tx, lease, room)
+                return claimed, await find_webhook_secrets(tx, {callback.shop_id for callback in claimed})
+
+            claimed, sealed = await in_transaction(self._engine, work)
+            secrets = {shop_id: self._open(of_shop) for shop_id, of_shop in sealed.items()}
             for callback in claimed:
-                task = asyncio.create_task(self._deliver(callback, lease.token, start_until))
+                task = asyncio.create_task(self._deliver(callback, secrets[callback.shop_id], lease.token, start_until))
                 self._flights[task] = _Flight(callback, started)
                 task.add_done_callback(self._land)
             return claimed
@@ -207,16 +215,20 @@ class Deliverer:
         overdue_seconds = OVERDUE_SECONDS if self._messages_arrive() else 0.0
         return await release_lapsed(tx), await find_fresh(tx, overdue_seconds=overdue_seconds, rows_max=_CLAIM_MAX)
 
-    async def _deliver(self, callback: ClaimedCallback, token: UUID, start_until: float) -> None:
-        event = render_id(EVENT, callback.event_id)
+    def _open(self, sealed: Sequence[SealedWebhookSecret]) -> list[str]:
+        """A shop's secrets, newest first; none when they do not open, which is our fault and not the merchant's."""
         try:
-            headers = self._headers(callback, event)
+            return open_webhook_secrets(self._keyring, sealed)
         except SealBroken as error:
-            # Our fault, not the merchant's: no step of the schedule is used, the lease runs out, somebody reads the log.
-            get_logger().error(LogEvent.SECRET_UNSEALABLE, event_id=event, error=str(error))
+            get_logger().error(LogEvent.SECRET_UNSEALABLE, shop_id=str(sealed[0].shop_id), error=str(error))
+            return []
+
+    async def _deliver(self, callback: ClaimedCallback, secrets: list[str], token: UUID, start_until: float) -> None:
+        if not secrets or monotonic() > start_until:
+            # No step of the schedule is used: the lease runs out.
             return
-        if monotonic() > start_until:
-            return
+        event = render_id(EVENT, callback.event_id)
+        headers = render_headers(event, secrets, time.time(), callback.body)
         attempt = await send_callback(
             self._session, callback.url, headers, callback.body, timeout_seconds=self._settings.callback_timeout_seconds
         )
@@ -232,15 +244,6 @@ class Deliverer:
             error=attempt.error,
             duration_ms=attempt.duration_ms,
         )
-
-    def _headers(self, callback: ClaimedCallback, event: str) -> dict[str, str]:
-        secret = self._keyring.open(
-            callback.webhook_secret_sealed,
-            owner=callback.shop_id,
-            row=callback.shop_id,
-            purpose=WEBHOOK_SECRET_PURPOSE,
-        ).decode()
-        return render_headers(event, [secret], time.time(), callback.body)
 
     async def _record(self, ended: Sequence[Ended]) -> list[None]:
         now = monotonic()
