@@ -5,6 +5,7 @@ a signature or a recipient.
 import logging
 import sys
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Final
 
 import structlog
@@ -52,9 +53,15 @@ _FORBIDDEN_PARTS: Final = ("secret", "signature", "card", "recipient", "password
 
 
 def _drop_forbidden(_logger: Any, _method: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    for key in [key for key in line if any(part in key.lower() for part in _FORBIDDEN_PARTS)]:
-        line[key] = "[dropped]"
+    for key in line:
+        if _is_forbidden(key):
+            line[key] = "[dropped]"
     return line
+
+
+@lru_cache(maxsize=1024)
+def _is_forbidden(key: str) -> bool:
+    return any(part in key.lower() for part in _FORBIDDEN_PARTS)
 
 
 def configure_logging(log_format: str, **bound: str) -> None:
