@@ -22,7 +22,9 @@ from common.db.engine import in_transaction
 from common.domain.ids import EVENT, render_id
 from tests.factories import Merchant, engine, execute, fetch
 from tests.flows import Desk, assert_sound, desk
+from tests.names import NO_SUCH_NAME, name_server
 from worker.callbacks.deliver import Deliverer, Ended, record_attempts
+from worker.callbacks.guard import Resolver
 from worker.callbacks.send import Attempt, open_session
 
 MINUTE, HOUR = 60, 3600
@@ -125,11 +127,13 @@ class Stage:
 
 
 @asynccontextmanager
-async def staging(database_url: str, *, private_allowed: bool = True, **overrides: Any) -> AsyncIterator[Stage]:
+async def staging(
+    database_url: str, *, private_allowed: bool = True, resolver: Resolver | None = None, **overrides: Any
+) -> AsyncIterator[Stage]:
     async with (
         desk(database_url) as working,
         receiving() as receiver,
-        open_session(private_allowed=private_allowed, ports=frozenset()) as session,
+        open_session(private_allowed=private_allowed, ports=frozenset(), resolver=resolver) as session,
     ):
         config = replace(working.settings, **overrides)
         deliverer = Deliverer(working.worker, config.keyring, session, config)
@@ -297,6 +301,26 @@ async def test_nobody_listening_is_a_failure(database_url: str) -> None:
         (attempt,) = await stage.attempts()
         assert (attempt.http_status, attempt.error) == (None, "connection_refused")
         assert (await stage.callback()).step == 1
+
+
+async def test_a_fault_of_ours_uses_no_step_and_is_tried_again_soon(database_url: str) -> None:
+    async with name_server(lambda _: NO_SUCH_NAME) as gone:
+        pass
+    async with staging(database_url, resolver=Resolver([gone.address])) as stage:
+        await stage.tell(url=f"http://merchant.example:{stage.receiver.port}/told")
+        await execute(stage.desk.owner, "UPDATE callback_due SET step = :last", last=len(DELAYS))
+        for attempts in (1, 2):
+            await stage.deliver()
+            callback = await stage.callback()
+            assert (callback.state, callback.step, callback.attempts_made) == ("pending", len(DELAYS), attempts)
+            assert callback.lease_token is None
+            assert 30 - SLACK_SECONDS < callback.due_in <= 30
+            await stage.travel()
+        assert [(row.attempt_no, row.error) for row in await stage.attempts()] == [
+            (1, "dns_unreachable"),
+            (2, "dns_unreachable"),
+        ]
+        await assert_sound(stage.desk.owner)
 
 
 async def test_a_private_address_is_not_called_unless_it_is_allowed(database_url: str) -> None:

@@ -35,6 +35,8 @@ from worker.scanning import OVERDUE_SECONDS
 
 _CLAIM_MAX: Final = 64
 _RECORD_BATCH_MAX: Final = 64
+# An attempt that failed by our fault says nothing of the receiver: the same step again, when we may have recovered.
+_OURS_AGAIN_SECONDS: Final = 30.0
 # Longer than other transactions: an attempt that is not recorded is made again.
 _RECORD_ATTEMPTS_MAX: Final = 20
 
@@ -212,8 +214,11 @@ async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float) -> None
 
 
 def _conclude(item: Ended, finished: dict[UUID, str], again: dict[UUID, tuple[int, float]]) -> None:
-    """A failed attempt: 410 is the receiver's "never again", the end of the schedule is ours."""
+    """A failed attempt: 410 is the receiver's "never again", the end of the schedule is ours. A fault of ours uses no step."""
     event_id, step = item.callback.event_id, item.callback.step
+    if item.attempt.ours:
+        again[event_id] = (step, _OURS_AGAIN_SECONDS)
+        return
     delay_seconds = callback_delay(step, item.luck, item.attempt.retry_after_seconds)
     if item.attempt.http_status == HTTPStatus.GONE:
         finished[event_id] = "rejected"
