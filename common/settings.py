@@ -260,8 +260,14 @@ class Settings:
     callback_private_addresses: bool = _setting(
         "PAYOUTS_CALLBACK_PRIVATE_ADDRESSES", _switch, "0", "1 lets callbacks reach private and loopback addresses"
     )
+    callback_https_only: bool = _setting(
+        "PAYOUTS_CALLBACK_HTTPS_ONLY", _switch, "0", "1 refuses callbacks over http, but for shops that may"
+    )
     callback_ports: frozenset[int] = _setting(
-        "PAYOUTS_CALLBACK_PORTS", _ports, "80,443,8080,8443", "ports a callback may use; empty: any"
+        "PAYOUTS_CALLBACK_PORTS",
+        _ports,
+        "80,443,8080,8443",
+        "ports a callback may use, but for shops with their own; empty: any",
     )
 
     settle_batch_max: int = _setting("PAYOUTS_SETTLE_BATCH_MAX", _integer(1, 128), "128", "payouts per claim")
@@ -333,6 +339,12 @@ class Settings:
         _decimal(1, 3600),
         "60",
         "a worker that is silent for longer lost its callbacks",
+    )
+    callback_attempts_keep_days: int = _setting(
+        "PAYOUTS_CALLBACK_ATTEMPTS_KEEP_DAYS",
+        _integer(30, 3650),
+        "90",
+        "for the log of callback attempts; it goes by whole weeks",
     )
     drain_seconds: float = _setting(
         "PAYOUTS_DRAIN_SECONDS", _decimal(0, 300), "25", "after SIGTERM, to finish what was begun"

@@ -25,6 +25,7 @@ from common.db.merchants import (
     find_merchant_id,
     find_shop_by_codes,
     save_api_key_revoked,
+    save_shop_callbacks,
     save_shop_rail,
 )
 from common.db.rails import append_http_rail, delete_rail, has_rail
@@ -53,6 +54,7 @@ class IssuedKey:
 _TAKEN: Final = {
     "merchants_code_check": "a merchant's code is 1 to 63 characters of a-z 0-9 and -",
     "merchants_name_check": "a merchant's name is 1 to 200 characters",
+    "shops_callback_ports_check": "there may be 1 to 100 ports, each 1 to 65535",
     "shops_code_check": "a shop's code is 1 to 64 characters of A-Z a-z 0-9 . _ and -",
     "merchants_code_key": "a merchant of that code exists already",
     "shops_merchant_id_code_key": "the merchant has a shop of that code already",
@@ -185,6 +187,38 @@ async def change_rail(engine: Engine, *, merchant: str, shop: str, rail: str, ac
         await _check_rail(tx, rail)
         await save_shop_rail(tx, (await _shop(tx, merchant, shop)).id, rail)
         await append_audit(tx, actor=actor, action="shop.rail", subject=f"{merchant}/{shop}", detail={"rail": rail})
+
+    await _audited(engine, work)
+
+
+async def change_callbacks(
+    engine: Engine,
+    *,
+    merchant: str,
+    shop: str,
+    http: bool | None,
+    ports: Sequence[int] | None,
+    reason: str,
+    actor: str,
+) -> None:
+    """Change where a shop's callbacks may go against the settings, from the next create and the next attempt on.
+
+    None leaves an exception as it is; without ports they are those of the settings. Raises: `OnboardingRefused`.
+    """
+    if http is None and ports is None:
+        raise OnboardingRefused("nothing was said that could be changed")
+
+    async def work(tx: Tx) -> None:
+        await save_shop_callbacks(tx, (await _shop(tx, merchant, shop)).id, http=http, ports=ports)
+        said = {"http": http, "ports": None if ports is None else list(ports) or "default"}
+        await append_audit(
+            tx,
+            actor=actor,
+            action="shop.callbacks",
+            subject=f"{merchant}/{shop}",
+            reason=reason,
+            detail={name: value for name, value in said.items() if value is not None},
+        )
 
     await _audited(engine, work)
 

@@ -22,6 +22,8 @@ from worker.callbacks.send import open_session
 from worker.checking import STEP_INTERVAL_SECONDS, Checker
 from worker.collecting import INTERVAL_SECONDS as COLLECT_INTERVAL_SECONDS
 from worker.collecting import Collector
+from worker.keeping import INTERVAL_SECONDS as KEEP_INTERVAL_SECONDS
+from worker.keeping import Keeper
 from worker.rails.http import open_rail_session
 from worker.rails.registry import Registry
 from worker.scanning import REST_SECONDS
@@ -36,6 +38,7 @@ _INTERVALS_SECONDS: Final = {
     "sweep": INTERVAL_SECONDS,
     "check": STEP_INTERVAL_SECONDS,
     "collect": COLLECT_INTERVAL_SECONDS,
+    "keep": KEEP_INTERVAL_SECONDS,
 }
 
 
@@ -90,7 +93,11 @@ class Worker:
             )
         if "callbacks" in roles:
             session = await resources.enter_async_context(
-                open_session(private_allowed=settings.callback_private_addresses, ports=settings.callback_ports)
+                open_session(
+                    private_allowed=settings.callback_private_addresses,
+                    https_only=settings.callback_https_only,
+                    ports=settings.callback_ports,
+                )
             )
             deliverer = Deliverer(
                 engine, settings.keyring, session, settings, messages_arrive=lambda: self._arrive(Work.CALLBACK)
@@ -102,6 +109,7 @@ class Worker:
         if "sweep" in roles:
             self.roles["sweep"] = Sweeper(engine, tell=self._tell)
             self.roles["check"] = Checker(engine)
+            self.roles["keep"] = Keeper(engine, keep_days=settings.callback_attempts_keep_days)
 
     def links(self) -> list[Link]:
         """The connections to RabbitMQ that the roles need; none without `AMQP_URL`. Publishing has one of its own."""

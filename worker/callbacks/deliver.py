@@ -1,6 +1,7 @@
 """Delivery: claim callbacks under a lease, send the stored bytes, record each attempt. The same three steps as settlement."""
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -156,7 +157,13 @@ class Deliverer:
         if monotonic() > start_until:
             return
         attempt = await send_callback(
-            self._session, callback.url, headers, callback.body, timeout_seconds=self._settings.callback_timeout_seconds
+            self._session,
+            callback.url,
+            headers,
+            callback.body,
+            timeout_seconds=self._settings.callback_timeout_seconds,
+            shop_http=callback.callback_http,
+            shop_ports=None if callback.callback_ports is None else frozenset(callback.callback_ports),
         )
         try:
             await self._records.submit(Ended(callback, token, attempt, monotonic(), random.random()))  # noqa: S311 jitter
@@ -241,4 +248,9 @@ def _logged(item: Ended, *, late: bool, now: float) -> CallbackAttempt:
         response_excerpt=attempt.response_excerpt,
         address=attempt.address,
         late=late,
+        dns_ms=attempt.dns_ms,
+        connect_ms=attempt.connect_ms,
+        first_byte_ms=attempt.first_byte_ms,
+        reused=attempt.reused,
+        retry_after_seconds=math.ceil(attempt.retry_after_seconds) or None,
     )
