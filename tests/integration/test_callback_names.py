@@ -14,6 +14,7 @@ import pytest
 from common.domain.addresses import is_public
 from tests.names import NO_SUCH_NAME, SERVER_FAILURE, Answer, NameServer, name_server
 from tests.receivers import OK, answers, answers_once, receiver, says_nothing
+from tests.unit.test_addresses import FORBIDDEN
 from worker.callbacks import guard
 from worker.callbacks.guard import DNS_TIMEOUT_SECONDS, DNS_TRIES, NameServersUnreachable, Resolver
 from worker.callbacks.send import Attempt, open_session, render_headers, send_callback
@@ -160,6 +161,31 @@ async def test_of_a_name_with_public_and_private_addresses_only_the_public_one_i
     assert (attempt.error, attempt.address) == (None, "127.0.0.2")
     assert (len(merchant.requests), canary.connections) == (1, 0)
     assert blocked() > before
+
+
+async def test_no_socket_is_made_for_any_forbidden_address_be_it_a_literal_or_what_a_name_resolves_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    addresses = [address.partition("%")[0] for address in FORBIDDEN]
+    made: list[socket.socket] = []
+    make = socket.socket
+
+    def make_and_note(*args: Any) -> socket.socket:
+        made.append(make(*args))
+        return made[-1]
+
+    def answer(name: str) -> Answer:
+        return [addresses[int(name.partition(".")[0])]]
+
+    async with asking(answer, private_allowed=False) as (server, session):
+        monkeypatch.setattr("worker.callbacks.guard.socket.socket", make_and_note)
+        for number, address in enumerate(addresses):
+            literal = f"[{address}]" if ":" in address else address
+            for host in (literal, f"{number}.merchant.example"):
+                attempt = await send(session, f"http://{host}:8080/")
+                assert (attempt.error, attempt.ours, attempt.address) == ("address_blocked", False, None), host
+        assert len(server.asked) == len(addresses)
+    assert made == []
 
 
 def let_pass(monkeypatch: pytest.MonkeyPatch, address: str) -> None:

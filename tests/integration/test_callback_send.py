@@ -156,6 +156,39 @@ async def test_the_deadline_ends_an_attempt_whose_server_never_speaks_tls(sessio
     assert attempt.error == "timeout"
 
 
+async def test_tls_that_is_never_spoken_ends_when_connecting_should_be_over(
+    session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "_CONNECT_SECONDS", 0.2)
+    async with receiver(says_nothing) as merchant:
+        attempt = await send(session, merchant.url.replace("http:", "https:"), timeout_seconds=10.0)
+    assert (attempt.error, attempt.address) == ("timeout", None)
+    assert attempt.duration_ms < 2000
+
+
+async def test_what_is_said_of_a_failure_names_no_address_no_host_and_no_file(
+    session: aiohttp.ClientSession, guarded: aiohttp.ClientSession
+) -> None:
+    """Merchants read it."""
+    async with receiver(answers_once(b"nonsense")) as merchant:
+        attempts = [
+            await send(session, merchant.url),
+            await send(session, merchant.url.replace("http:", "https:"), timeout_seconds=0.2),
+            await send(guarded, merchant.url),
+            await send(session, "http://localhost:1/"),
+            await send(session, "http://nowhere.invalid/"),
+        ]
+    assert [attempt.error for attempt in attempts] == [
+        "response_invalid",
+        "timeout",
+        "address_blocked",
+        "connection_refused",
+        "dns_failed",
+    ]
+    assert not any(attempt.response_excerpt for attempt in attempts)
+    assert [attempt.address for attempt in attempts] == ["127.0.0.1", None, None, None, None]
+
+
 async def test_a_body_that_drips_after_200_is_delivered_and_left_after_a_second(session: aiohttp.ClientSession) -> None:
     async def drip(peer: Peer) -> None:
         await peer.request()
