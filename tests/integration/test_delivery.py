@@ -19,6 +19,7 @@ from standardwebhooks import Webhook
 
 from common.db.callbacks import ClaimedCallback, claim_callbacks, resend_callback
 from common.db.engine import in_transaction
+from common.db.invariants import verify
 from common.domain.ids import EVENT, render_id
 from ops.onboarding import change_callbacks
 from tests.factories import Merchant, engine, execute, fetch
@@ -174,6 +175,17 @@ async def test_a_2xx_delivers_the_stored_bytes_under_both_signatures(database_ur
         (attempt,) = await stage.attempts()
         assert (attempt.attempt_no, attempt.http_status, attempt.error, attempt.late) == (1, 200, None, False)
         assert (attempt.response_excerpt, str(attempt.address)) == (b"ok", "127.0.0.1")
+        await assert_sound(stage.desk.owner)
+
+
+async def test_a_callback_whose_attempts_are_no_longer_kept_is_sound(database_url: str) -> None:
+    async with staging(database_url) as stage:
+        await stage.tell()
+        await stage.deliver()
+        await execute(stage.desk.owner, "DELETE FROM callback_attempts")
+        broken = {finding.rule.name for finding in await verify(stage.desk.owner) if finding.count}
+        assert broken == {"delivered_callback_has_a_2xx"}
+        await execute(stage.desk.owner, "UPDATE callbacks SET finished_at = now() - interval '30 days'")
         await assert_sound(stage.desk.owner)
 
 
