@@ -6,12 +6,13 @@ The table in the README is checked against this file.
 
 import base64
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from yarl import URL
 
+from common.domain.addresses import parse_callback_url
 from common.domain.schedule import LOOK_UP_DELAYS, PAYIN_LOOK_UP_DELAYS, SUBMIT_DELAYS, Patience
 from common.sealing import KEY_BYTES, Keyring
 
@@ -260,8 +261,14 @@ class Settings:
     callback_private_addresses: bool = _setting(
         "PAYOUTS_CALLBACK_PRIVATE_ADDRESSES", _switch, "0", "1 lets callbacks reach private and loopback addresses"
     )
+    callback_https_only: bool = _setting(
+        "PAYOUTS_CALLBACK_HTTPS_ONLY", _switch, "0", "1 refuses callbacks over http, but for shops that may"
+    )
     callback_ports: frozenset[int] = _setting(
-        "PAYOUTS_CALLBACK_PORTS", _ports, "80,443,8080,8443", "ports a callback may use; empty: any"
+        "PAYOUTS_CALLBACK_PORTS",
+        _ports,
+        "80,443,8080,8443",
+        "ports a callback may use, but for shops with their own; empty: any",
     )
 
     settle_batch_max: int = _setting("PAYOUTS_SETTLE_BATCH_MAX", _integer(1, 128), "128", "payouts per claim")
@@ -358,9 +365,25 @@ class Settings:
         "60",
         "a worker that is silent for longer lost its callbacks",
     )
+    callback_attempts_keep_days: int = _setting(
+        "PAYOUTS_CALLBACK_ATTEMPTS_KEEP_DAYS",
+        _integer(30, 3650),
+        "90",
+        "for the log of callback attempts; it goes by whole weeks",
+    )
     drain_seconds: float = _setting(
         "PAYOUTS_DRAIN_SECONDS", _decimal(0, 300), "25", "after SIGTERM, to finish what was begun"
     )
+
+    def allows_callback(self, url: str, *, shop_http: bool, shop_ports: Collection[int] | None) -> bool:
+        """Whether callbacks of a shop with these exceptions may go to the URL, by its text alone."""
+        judged = parse_callback_url(
+            url,
+            private_allowed=self.callback_private_addresses,
+            https_only=self.callback_https_only and not shop_http,
+            ports=self.callback_ports if shop_ports is None else frozenset(shop_ports),
+        )
+        return judged is not None
 
     @property
     def patience(self) -> Patience:

@@ -48,6 +48,11 @@ ERRORS_SHOWN: Final = {
     "http_4xx": "http_4xx",
     "http_5xx": "http_5xx",
     "response_invalid": "response_invalid",
+    "dns_unreachable": "other",
+    "files_exhausted": "other",
+    "memory_exhausted": "other",
+    "ports_exhausted": "other",
+    "network_down": "other",
     "internal_error": "other",
 }
 ERROR_UNKNOWN: Final = "other"

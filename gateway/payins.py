@@ -10,6 +10,7 @@ from common.db.payins import NewPayin, Payin, append_payin, find_payin
 from common.domain.ids import PAYIN, new_id, render_id
 from common.errors import ExternalIdReused, FieldError, InvalidRequest, PayinNotFound
 from common.sealing import Keyring
+from common.settings import Settings
 from gateway.auth import Caller
 from gateway.errors import json_response
 from gateway.keys import AUTHENTICATOR, ENGINE, KEYRING, SETTINGS
@@ -24,11 +25,9 @@ async def create_payin(request: web.Request, caller: Caller, body: bytes) -> web
     """
     app = request.app
     settings = app[SETTINGS]
-    create = parse_create_payin(
-        body, private_callbacks=settings.callback_private_addresses, callback_ports=settings.callback_ports
-    )
+    create = parse_create_payin(body, private_callbacks=settings.callback_private_addresses)
     shop = await app[AUTHENTICATOR].resolve_shop(caller, create.shop_code)
-    fresh = _new_payin(create, shop, app[KEYRING], look_up_in_seconds=settings.payin_look_up_delays_seconds[0])
+    fresh = _new_payin(create, shop, settings, app[KEYRING])
 
     async def work(tx: Tx) -> Payin:
         objection = (await find_standing(tx, shop.id)).objection(shop.code)
@@ -66,9 +65,9 @@ async def show_payin(request: web.Request, caller: Caller, _body: bytes) -> web.
     return json_response(render_payin(payin, shop))
 
 
-def _new_payin(create: CreatePayin, shop: Shop, keyring: Keyring, *, look_up_in_seconds: float) -> NewPayin:
+def _new_payin(create: CreatePayin, shop: Shop, settings: Settings, keyring: Keyring) -> NewPayin:
     """Judge what only the shop can tell. Raises: as `judge_terms`."""
-    amount_minor = judge_terms(shop, create.amount, create.currency, create.payment_data)
+    amount_minor = judge_terms(shop, create, settings)
     payin_id = new_id()
     return NewPayin(
         id=payin_id,
@@ -83,7 +82,7 @@ def _new_payin(create: CreatePayin, shop: Shop, keyring: Keyring, *, look_up_in_
         callback_url=create.callback_url,
         details=json.dumps(create.details) if create.details else None,
         expires_at=create.expires_at,
-        look_up_in_seconds=look_up_in_seconds,
+        look_up_in_seconds=settings.payin_look_up_delays_seconds[0],
     )
 
 

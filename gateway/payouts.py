@@ -14,6 +14,7 @@ from common.domain.payout import mask_recipient
 from common.errors import PayoutNotFound
 from common.recipients import Recipient, seal_recipient
 from common.sealing import Keyring
+from common.settings import Settings
 from gateway.accept import Order
 from gateway.auth import Caller
 from gateway.errors import json_response
@@ -31,11 +32,9 @@ async def create_payout(request: web.Request, caller: Caller, body: bytes) -> we
     """
     app = request.app
     settings = app[SETTINGS]
-    create = parse_create_payout(
-        body, private_callbacks=settings.callback_private_addresses, callback_ports=settings.callback_ports
-    )
+    create = parse_create_payout(body, private_callbacks=settings.callback_private_addresses)
     shop = await app[AUTHENTICATOR].resolve_shop(caller, create.shop_code)
-    order = place_order(create, shop, app[KEYRING], now=time.time(), traceparent=_traceparent(request))
+    order = place_order(create, shop, settings, app[KEYRING], now=time.time(), traceparent=_traceparent(request))
     accepted = await app[ACCEPTOR].accept(order)
     return json_response(
         render_payout(accepted.payout, shop),
@@ -88,13 +87,19 @@ async def _resolve(request: web.Request, caller: Caller) -> tuple[Shop, str]:
 
 
 def place_order(
-    create: CreatePayout, shop: Shop, keyring: Keyring, *, now: float, traceparent: str | None = None
+    create: CreatePayout,
+    shop: Shop,
+    settings: Settings,
+    keyring: Keyring,
+    *,
+    now: float,
+    traceparent: str | None = None,
 ) -> Order:
     """Judge what only the shop can tell, and seal the recipient. `now` is Unix seconds.
 
     Raises: as `judge_terms`.
     """
-    amount_minor = judge_terms(shop, create.amount, create.currency, create.payment_data)
+    amount_minor = judge_terms(shop, create, settings)
     payout_id = new_id()
     recipient = Recipient(create.recipient, create.payment_data)
     return Order(

@@ -33,6 +33,7 @@ _TEXT_FIELDS: Final = {"description": 500, "merchant_user_id": 128, "merchant_us
 _EXPONENTS: Final = sorted(set(CURRENCY_EXPONENTS.values()))
 
 AMOUNT_INVALID: Final = FieldError("amount", "amount must be a positive decimal string")
+CALLBACK_URL_INVALID: Final = FieldError("callback_url", "callback_url must be a valid URL")
 
 _EXTERNAL_ID: Final = re.compile(r"(?!\.+\Z)[A-Za-z0-9._:-]{1,128}", re.ASCII)
 _RECIPIENT: Final = re.compile(r"[A-Za-z0-9._:@+-]{4,128}", re.ASCII)
@@ -41,7 +42,9 @@ _SHOP_CODE: Final = re.compile(r"[^\x00-\x1f\x7f]{1,64}")
 
 @dataclass(frozen=True, slots=True)
 class CreatePayout:
-    """A create whose fields are in order. The amount is still text: its scale is the shop's currency's."""
+    """A create whose fields are in order. The amount is still text: its scale is the shop's currency's. Scheme and port of the
+    callback are still to be judged: they are the shop's too.
+    """
 
     external_id: str
     amount: str
@@ -138,7 +141,7 @@ def _refuse_body(message: str) -> NoReturn:
     raise InvalidRequest(FieldError("body", message))
 
 
-def parse_create_payout(body: bytes, *, private_callbacks: bool, callback_ports: frozenset[int]) -> CreatePayout:
+def parse_create_payout(body: bytes, *, private_callbacks: bool) -> CreatePayout:
     """The fields of `POST /payouts`. Raises: `InvalidRequest` with every field that is wrong, in the contract's order."""
     fields = _Fields(parse_json_object(body))
     create = CreatePayout(
@@ -146,7 +149,7 @@ def parse_create_payout(body: bytes, *, private_callbacks: bool, callback_ports:
         amount=fields.amount(),
         currency=fields.currency(),
         recipient=fields.recipient(),
-        callback_url=fields.callback_url(private_callbacks, callback_ports),
+        callback_url=fields.callback_url(private_callbacks),
         shop_code=fields.shop_code(),
         payment_data=fields.payment_data(),
         details=fields.details(),
@@ -157,14 +160,14 @@ def parse_create_payout(body: bytes, *, private_callbacks: bool, callback_ports:
     return create
 
 
-def parse_create_payin(body: bytes, *, private_callbacks: bool, callback_ports: frozenset[int]) -> CreatePayin:
+def parse_create_payin(body: bytes, *, private_callbacks: bool) -> CreatePayin:
     """The fields of `POST /payins`. Raises: as `parse_create_payout`."""
     fields = _Fields(parse_json_object(body))
     create = CreatePayin(
         external_id=fields.external_id(),
         amount=fields.amount(),
         currency=fields.currency(),
-        callback_url=fields.callback_url(private_callbacks, callback_ports),
+        callback_url=fields.callback_url(private_callbacks),
         shop_code=fields.shop_code(),
         payment_data=fields.payment_data(),
         details=fields.details(),
@@ -213,13 +216,14 @@ class _Fields:
             self._refuse("card_number", "card_number is not valid")
         return str(value)
 
-    def callback_url(self, private_allowed: bool, ports: frozenset[int]) -> str | None:
+    def callback_url(self, private_allowed: bool) -> str | None:
+        """Before the shop is known, any port passes, and http."""
         value = self._values.get("callback_url")
         if value is None:
             return None
-        url = parse_callback_url(value, private_allowed=private_allowed, ports=ports)
+        url = parse_callback_url(value, private_allowed=private_allowed, ports=frozenset())
         if url is None:
-            self._refuse("callback_url", "callback_url must be a valid URL")
+            self.errors.append(CALLBACK_URL_INVALID)
         return url
 
     def shop_code(self) -> str | None:

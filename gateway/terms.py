@@ -1,4 +1,6 @@
-"""What only the shop can tell of a create: whether the currency is its own, the amount's scale, its schema of payment data."""
+"""What only the shop can tell of a create: whether the currency is its own, the amount's scale, where its callbacks may go, its
+schema of payment data.
+"""
 
 import json
 from typing import Any
@@ -9,21 +11,31 @@ from common.db.merchants import Shop
 from common.domain.money import parse_amount
 from common.errors import FieldError, InvalidRequest, ShopCurrencyMismatch
 from common.sealing import Keyring
-from gateway.schemas import AMOUNT_INVALID
+from common.settings import Settings
+from gateway.schemas import AMOUNT_INVALID, CALLBACK_URL_INVALID, CreatePayin, CreatePayout
 
 
-def judge_terms(shop: Shop, amount: str, currency: str, payment_data: dict[str, Any] | None) -> int:
+def judge_terms(shop: Shop, create: CreatePayout | CreatePayin, settings: Settings) -> int:
     """The amount in minor units.
 
-    Raises: `ShopCurrencyMismatch`, `InvalidRequest` for the amount's scale and for payment data against the shop's schema.
+    Raises: `ShopCurrencyMismatch`, `InvalidRequest` for the amount's scale, for a callback's scheme or port, and for payment
+    data against the shop's schema.
     """
-    if currency != shop.currency:
+    if create.currency != shop.currency:
         raise ShopCurrencyMismatch(shop.currency)
-    amount_minor = parse_amount(amount, shop.currency_exponent)
-    errors = [*([AMOUNT_INVALID] if amount_minor is None else []), *_payment_data_errors(payment_data, shop)]
+    amount_minor = parse_amount(create.amount, shop.currency_exponent)
+    errors = [
+        *([AMOUNT_INVALID] if amount_minor is None else []),
+        *([] if _callback_allowed(create.callback_url, shop, settings) else [CALLBACK_URL_INVALID]),
+        *_payment_data_errors(create.payment_data, shop),
+    ]
     if amount_minor is None or errors:
         raise InvalidRequest(*errors)
     return amount_minor
+
+
+def _callback_allowed(url: str | None, shop: Shop, settings: Settings) -> bool:
+    return url is None or settings.allows_callback(url, shop_http=shop.callback_http, shop_ports=shop.callback_ports)
 
 
 def digest_payment_data(keyring: Keyring, shop: Shop, payment_data: dict[str, Any] | None) -> bytes | None:

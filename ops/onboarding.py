@@ -24,6 +24,7 @@ from common.db.merchants import (
     find_merchant_id,
     find_shop_by_codes,
     save_api_key_revoked,
+    save_shop_callbacks,
     save_shop_rail,
     save_webhook_url,
 )
@@ -37,6 +38,7 @@ from common.db.webhook_secrets import (
 from common.domain.ids import new_id
 from common.domain.money import CURRENCY_EXPONENTS, parse_amount
 from common.sealing import API_KEY_PURPOSE, RAIL_SECRET_PURPOSE, Keyring
+from common.settings import Settings
 from common.webhook_secrets import make_webhook_secret, seal_webhook_secret
 
 _T = TypeVar("_T")
@@ -68,6 +70,7 @@ class IssuedWebhookSecret:
 _TAKEN: Final = {
     "merchants_code_check": "a merchant's code is 1 to 63 characters of a-z 0-9 and -",
     "merchants_name_check": "a merchant's name is 1 to 200 characters",
+    "shops_callback_ports_check": "there may be 1 to 100 ports, each 1 to 65535",
     "shops_code_check": "a shop's code is 1 to 64 characters of A-Z a-z 0-9 . _ and -",
     "merchants_code_key": "a merchant of that code exists already",
     "shops_merchant_id_code_key": "the merchant has a shop of that code already",
@@ -205,11 +208,18 @@ async def change_rail(engine: Engine, *, merchant: str, shop: str, rail: str, ac
     await _audited(engine, work)
 
 
-async def change_webhook_url(engine: Engine, *, merchant: str, shop: str, url: str | None, actor: str) -> None:
+async def change_webhook_url(
+    engine: Engine, settings: Settings, *, merchant: str, shop: str, url: str | None, actor: str
+) -> None:
     """Another URL for what is told without a `callback_url` from now on, or none. Raises: `OnboardingRefused`."""
 
     async def work(tx: Tx) -> None:
-        await save_webhook_url(tx, (await _shop(tx, merchant, shop)).id, url)
+        found = await _shop(tx, merchant, shop)
+        if url and not settings.allows_callback(url, shop_http=found.callback_http, shop_ports=found.callback_ports):
+            raise OnboardingRefused(
+                "callbacks of this shop may not go there: see PAYOUTS_CALLBACK_… and `shop callbacks`"
+            )
+        await save_webhook_url(tx, found.id, url)
         await append_audit(tx, actor=actor, action="shop.webhook", subject=f"{merchant}/{shop}", detail={"url": url})
 
     await _audited(engine, work)
@@ -269,6 +279,38 @@ async def revoke_webhook_secret(
             subject=f"{merchant}/{shop}",
             reason=reason,
             detail={"secret_id": str(secret_id)},
+        )
+
+    await _audited(engine, work)
+
+
+async def change_callbacks(
+    engine: Engine,
+    *,
+    merchant: str,
+    shop: str,
+    http: bool | None,
+    ports: Sequence[int] | None,
+    reason: str,
+    actor: str,
+) -> None:
+    """Change where a shop's callbacks may go against the settings, from the next create and the next attempt on.
+
+    None leaves an exception as it is; without ports they are those of the settings. Raises: `OnboardingRefused`.
+    """
+    if http is None and ports is None:
+        raise OnboardingRefused("nothing was said that could be changed")
+
+    async def work(tx: Tx) -> None:
+        await save_shop_callbacks(tx, (await _shop(tx, merchant, shop)).id, http=http, ports=ports)
+        said = {"http": http, "ports": None if ports is None else list(ports) or "default"}
+        await append_audit(
+            tx,
+            actor=actor,
+            action="shop.callbacks",
+            subject=f"{merchant}/{shop}",
+            reason=reason,
+            detail={name: value for name, value in said.items() if value is not None},
         )
 
     await _audited(engine, work)

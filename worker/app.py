@@ -19,11 +19,13 @@ from common.process import end_tasks, stop_requested
 from common.settings import Settings
 from worker.callbacks.deliver import Deliverer
 from worker.callbacks.send import open_session
-from worker.callbacks.upkeep import INTERVAL_SECONDS as KEEP_INTERVAL_SECONDS
+from worker.callbacks.upkeep import INTERVAL_SECONDS as LANES_INTERVAL_SECONDS
 from worker.callbacks.upkeep import LaneKeeper
 from worker.checking import STEP_INTERVAL_SECONDS, Checker
 from worker.collecting import INTERVAL_SECONDS as COLLECT_INTERVAL_SECONDS
 from worker.collecting import Collector
+from worker.keeping import INTERVAL_SECONDS as KEEP_INTERVAL_SECONDS
+from worker.keeping import Keeper
 from worker.rails.http import open_rail_session
 from worker.rails.registry import Registry
 from worker.scanning import REST_SECONDS
@@ -38,7 +40,8 @@ _INTERVALS_SECONDS: Final = {
     "sweep": INTERVAL_SECONDS,
     "check": STEP_INTERVAL_SECONDS,
     "collect": COLLECT_INTERVAL_SECONDS,
-    "keep lanes": KEEP_INTERVAL_SECONDS,
+    "keep": KEEP_INTERVAL_SECONDS,
+    "keep lanes": LANES_INTERVAL_SECONDS,
 }
 
 
@@ -93,7 +96,11 @@ class Worker:
             )
         if "callbacks" in roles:
             session = await resources.enter_async_context(
-                open_session(private_allowed=settings.callback_private_addresses, ports=settings.callback_ports)
+                open_session(
+                    private_allowed=settings.callback_private_addresses,
+                    https_only=settings.callback_https_only,
+                    ports=settings.callback_ports,
+                )
             )
             deliverer = Deliverer(
                 engine, settings.keyring, session, settings, messages_arrive=lambda: self._arrive(Work.CALLBACK)
@@ -105,6 +112,7 @@ class Worker:
         if "sweep" in roles:
             self.roles["sweep"] = Sweeper(engine, tell=self._tell)
             self.roles["check"] = Checker(engine)
+            self.roles["keep"] = Keeper(engine, keep_days=settings.callback_attempts_keep_days)
             self.roles["keep lanes"] = LaneKeeper(engine, hold_seconds=self._settings.callback_hold_hours * 3600)
 
     def links(self) -> list[Link]:

@@ -73,20 +73,28 @@ _LOCK_CALLBACK_DUE = text(
     """
 )
 
-# A number can come twice only when a lease was lost; the attempt of the one who lost it keeps its own line.
+# The same attempt comes for the second time when COMMIT's answer was lost, which is found out within the hour; its due row's
+# lock keeps the two apart. Only the weeks of that hour are looked at.
 _APPEND_ATTEMPTS = text(
     """
     INSERT INTO callback_attempts (event_id, shop_id, attempt_no, started_at, duration_ms, http_status, error,
-                                   response_excerpt, address, late)
-    SELECT event_id, shop_id, attempt_no, now() - make_interval(secs => age_seconds), duration_ms, http_status, error,
-           response_excerpt, CAST(address AS inet), late
+                                   response_excerpt, address, late, dns_ms, connect_ms, first_byte_ms, reused,
+                                   retry_after_seconds)
+    SELECT a.event_id, a.shop_id, a.attempt_no, now() - make_interval(secs => a.age_seconds), a.duration_ms, a.http_status,
+           a.error, a.response_excerpt, CAST(a.address AS inet), a.late, a.dns_ms, a.connect_ms, a.first_byte_ms, a.reused,
+           a.retry_after_seconds
       FROM unnest(CAST(:event_id AS uuid[]), CAST(:shop_id AS uuid[]), CAST(:attempt_no AS int[]),
                   CAST(:age_seconds AS float8[]), CAST(:duration_ms AS int[]), CAST(:http_status AS int[]),
                   CAST(:error AS text[]), CAST(:response_excerpt AS bytea[]), CAST(:address AS text[]),
-                  CAST(:late AS boolean[]))
+                  CAST(:late AS boolean[]), CAST(:dns_ms AS int[]), CAST(:connect_ms AS int[]),
+                  CAST(:first_byte_ms AS int[]), CAST(:reused AS boolean[]), CAST(:retry_after_seconds AS int[]))
         AS a (event_id, shop_id, attempt_no, age_seconds, duration_ms, http_status, error, response_excerpt, address,
-              late)
-        ON CONFLICT (event_id, shop_id, attempt_no) DO NOTHING
+              late, dns_ms, connect_ms, first_byte_ms, reused, retry_after_seconds)
+      LEFT JOIN LATERAL (
+        SELECT true AS logged FROM callback_attempts t
+         WHERE t.event_id = a.event_id AND t.shop_id = a.shop_id AND t.attempt_no = a.attempt_no
+           AND t.started_at > now() - interval '1 hour' AND t.started_at <= now() LIMIT 1) before ON true
+     WHERE before.logged IS NULL
     """
 )
 
@@ -128,7 +136,7 @@ async def lock_callback_due(tx: Tx, event_ids: Sequence[UUID]) -> dict[UUID, UUI
 
 @dataclass(frozen=True, slots=True)
 class CallbackAttempt:
-    """One HTTP exchange as it is logged. `late`: its lease had passed to somebody else."""
+    """One HTTP exchange as it is logged. `late`: its lease had passed to somebody else. Phases are as in `Attempt`."""
 
     event_id: UUID
     shop_id: UUID
@@ -140,10 +148,15 @@ class CallbackAttempt:
     response_excerpt: bytes
     address: str | None
     late: bool
+    dns_ms: int | None
+    connect_ms: int | None
+    first_byte_ms: int | None
+    reused: bool
+    retry_after_seconds: int | None
 
 
 async def append_callback_attempts(tx: Tx, attempts: Sequence[CallbackAttempt]) -> None:
-    """Log attempts. Repeat: the same attempt is logged once."""
+    """Log attempts, under the locks of their due rows. Repeat: within an hour the same attempt is logged once."""
     if attempts:
         await tx.execute(_APPEND_ATTEMPTS, arrays_of(attempts, CallbackAttempt))
 
@@ -192,9 +205,10 @@ _LIST_CALLBACKS = text(
       JOIN events e ON e.id = c.event_id AND e.shop_id = c.shop_id
       LEFT JOIN callback_due d ON d.event_id = c.event_id AND d.shop_id = c.shop_id
       LEFT JOIN LATERAL (SELECT count(*)::int AS n FROM callback_attempts a
-                          WHERE a.event_id = c.event_id AND a.shop_id = c.shop_id) made ON true
-      LEFT JOIN LATERAL (SELECT a.http_status, a.error FROM callback_attempts a
                           WHERE a.event_id = c.event_id AND a.shop_id = c.shop_id
+                            AND a.started_at >= c.created_at) made ON true
+      LEFT JOIN LATERAL (SELECT a.http_status, a.error FROM callback_attempts a
+                          WHERE a.event_id = c.event_id AND a.shop_id = c.shop_id AND a.started_at >= c.created_at
                           ORDER BY a.attempt_no DESC LIMIT 1) latest ON true
      WHERE (CAST(:payout_id AS uuid) IS NULL OR c.payout_id = :payout_id)
        AND (CAST(:state AS text) IS NULL OR c.state = :state)
@@ -214,10 +228,11 @@ _RESEND_CALLBACK = text(
       UPDATE callbacks c SET state = 'pending', finished_at = NULL FROM fresh f
        WHERE c.event_id = f.event_id AND c.shop_id = f.shop_id AND NOT EXISTS (
          SELECT 1 FROM callback_due d WHERE d.event_id = f.event_id AND d.shop_id = f.shop_id AND d.lease_token IS NOT NULL)
-      RETURNING c.event_id, c.shop_id)
+      RETURNING c.event_id, c.shop_id, c.created_at)
     INSERT INTO callback_due (event_id, shop_id, lane_id, attempts_made)
     SELECT again.event_id, again.shop_id, callback_lane_id(f.shop_id, f.origin),
-           (SELECT coalesce(max(a.attempt_no), 0) FROM callback_attempts a WHERE a.event_id = again.event_id)
+           (SELECT coalesce(max(a.attempt_no), 0) FROM callback_attempts a
+             WHERE a.event_id = again.event_id AND a.shop_id = again.shop_id AND a.started_at >= again.created_at)
       FROM again JOIN fresh f ON f.event_id = again.event_id
         ON CONFLICT (event_id, shop_id) DO UPDATE
        SET due_at = now(), in_lane = false, lost_leases = 0,

@@ -457,11 +457,13 @@ RULES: Final = (
     Rule(
         "delivered_callback_has_a_2xx",
         CALLBACKS,
-        "A delivered callback has an attempt that was answered with 2xx.",
+        "A callback that was delivered in the last 29 days has an attempt that was answered with 2xx.",
+        # Attempts are kept for 30 days at least.
         f"""
         SELECT c.event_id FROM callbacks c
-         WHERE {CALLBACKS.within} AND c.state = 'delivered' AND NOT EXISTS (
+         WHERE {CALLBACKS.within} AND c.state = 'delivered' AND c.finished_at > now() - interval '29 days' AND NOT EXISTS (
            SELECT 1 FROM callback_attempts t WHERE t.event_id = c.event_id AND t.shop_id = c.shop_id
+              AND t.started_at >= c.created_at
               AND t.http_status BETWEEN 200 AND 299)
         """,
     ),

@@ -42,6 +42,7 @@ class ClaimedCallback:
     """A callback under our lease: what to send, where, and as which attempt. `step` counts scheduled attempts from 0.
 
     `slow`: its lane takes long, or nobody knows. `resume_at`: it is sent out of turn, and its own turn is then.
+    `callback_http` and `callback_ports` are the shop's exceptions from where callbacks may go.
     """
 
     event_id: UUID
@@ -53,6 +54,8 @@ class ClaimedCallback:
     body: bytes
     slow: bool
     resume_at: datetime | None
+    callback_http: bool = False
+    callback_ports: list[int] | None = None
 
 
 _LOCK_READY = text(
@@ -163,11 +166,12 @@ _CLAIM = """
         FROM waiting w WHERE d.event_id = w.event_id AND d.shop_id = w.shop_id AND NOT d.in_lane
          AND NOT EXISTS (SELECT 1 FROM taken t WHERE t.event_id = w.event_id))
     SELECT places.lane_id AS place, r.event_id, r.shop_id, r.step, r.attempts_made AS attempt_no, r.slow, r.resume_at,
-           c.url, e.body
+           c.url, e.body, s.callback_http, s.callback_ports
       FROM places LEFT JOIN leased r ON r.lane_id = places.lane_id
       LEFT JOIN LATERAL (
         SELECT c.url FROM callbacks c WHERE c.event_id = r.event_id AND c.shop_id = r.shop_id LIMIT 1) c ON true
       LEFT JOIN LATERAL (SELECT e.body FROM events e WHERE e.id = r.event_id AND e.shop_id = r.shop_id LIMIT 1) e ON true
+      LEFT JOIN LATERAL (SELECT s.callback_http, s.callback_ports FROM shops s WHERE s.id = r.shop_id LIMIT 1) s ON true
     """
 _CLAIM_IN_TURN, _CLAIM_TOLD_OF = text(_IN_TURN + _CLAIM), text(_TOLD_OF + _CLAIM)
 
@@ -330,6 +334,8 @@ async def _claim(
                     row.body,
                     row.slow,
                     row.resume_at,
+                    row.callback_http,
+                    row.callback_ports,
                 )
             )
     await save_turns(tx, [Turn(lane, n, 0.0 if n else _NOTHING_FITTED_SECONDS) for lane, n in taken.items()])

@@ -31,7 +31,10 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class Shop:
-    """A shop as the gateway resolves it. `payment_data_schema` is a JSON Schema or None."""
+    """A shop as the gateway resolves it. `payment_data_schema` is a JSON Schema or None.
+
+    `callback_http` and `callback_ports` are its exceptions from where callbacks may go.
+    """
 
     id: UUID
     merchant_id: UUID
@@ -41,6 +44,8 @@ class Shop:
     currency_exponent: int
     rail: str
     payment_data_schema: dict[str, Any] | None
+    callback_http: bool = False
+    callback_ports: frozenset[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,8 @@ async def find_active_shop(tx: Tx, merchant_id: UUID, code: str | None) -> Shop 
                 shops.c.currency_exponent,
                 shops.c.rail,
                 shops.c.payment_data_schema,
+                shops.c.callback_http,
+                shops.c.callback_ports,
                 accounts.c.id.label("account_id"),
             )
             .join(accounts, accounts.c.shop_id == shops.c.id)
@@ -127,6 +134,8 @@ async def find_active_shop(tx: Tx, merchant_id: UUID, code: str | None) -> Shop 
         currency_exponent=row.currency_exponent,
         rail=row.rail,
         payment_data_schema=row.payment_data_schema,
+        callback_http=row.callback_http,
+        callback_ports=None if row.callback_ports is None else frozenset(row.callback_ports),
     )
 
 
@@ -145,6 +154,8 @@ async def find_shop_by_codes(tx: Tx, merchant_code: str, shop_code: str) -> Row[
                 shops.c.currency,
                 shops.c.currency_exponent,
                 shops.c.webhook_url,
+                shops.c.callback_http,
+                shops.c.callback_ports,
                 accounts.c.id.label("account_id"),
             )
             .join(merchants, merchants.c.id == shops.c.merchant_id)
@@ -246,6 +257,14 @@ async def save_webhook_url(tx: Tx, shop_id: UUID, url: str | None) -> None:
     await tx.execute(update(shops).where(shops.c.id == shop_id).values(webhook_url=url))
 
 
+async def save_shop_callbacks(tx: Tx, shop_id: UUID, *, http: bool | None, ports: Sequence[int] | None) -> None:
+    """Change a shop's exceptions from where callbacks may go; None leaves one as it is, no ports mean the settings'."""
+    values: dict[str, Any] = {} if http is None else {"callback_http": http}
+    if ports is not None:
+        values["callback_ports"] = list(ports) or None
+    await tx.execute(update(shops).where(shops.c.id == shop_id).values(**values))
+
+
 async def list_shops(tx: Tx, merchant_code: str | None) -> Sequence[Row[*tuple[Any, ...]]]:
     """Shops with their merchants' codes, oldest first."""
     query = (
@@ -257,6 +276,8 @@ async def list_shops(tx: Tx, merchant_code: str | None) -> Sequence[Row[*tuple[A
             shops.c.is_default,
             shops.c.rail,
             shops.c.webhook_url,
+            shops.c.callback_http,
+            shops.c.callback_ports,
             shops.c.created_at,
         )
         .join(merchants, merchants.c.id == shops.c.merchant_id)

@@ -67,6 +67,8 @@ shops = Table(
     _optional("webhook_url", Text()),
     _optional("payment_data_schema", JSONB()),
     _required("created_at", _TIME),
+    _required("callback_http", Boolean()),
+    _optional("callback_ports", ARRAY(Integer())),
 )
 
 webhook_secrets = Table(
@@ -451,6 +453,11 @@ callback_attempts = Table(
     _optional("response_excerpt", LargeBinary()),
     _optional("address", INET()),
     _required("late", Boolean()),
+    _optional("dns_ms", Integer()),
+    _optional("connect_ms", Integer()),
+    _optional("first_byte_ms", Integer()),
+    _required("reused", Boolean()),
+    _optional("retry_after_seconds", Integer()),
 )
 
 sandbox_payments = Table(

@@ -75,11 +75,14 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
     return not any(address in network for network in _FORBIDDEN_V4)
 
 
-def parse_callback_url(text: object, *, private_allowed: bool, ports: frozenset[int]) -> str | None:
+def parse_callback_url(
+    text: object, *, private_allowed: bool, ports: frozenset[int], https_only: bool = False
+) -> str | None:
     """The URL as given when a callback may be sent to it, else None. Raises nothing, whatever `text` is.
 
-    It must be an absolute http(s) URL without user info, of at most `URL_CHARACTERS_MAX` characters and none of them
-    unprintable, with a port of `ports` (empty: any). A fragment may stand there; HTTP does not send it (RFC 9110, 4.2.5).
+    It must be an absolute http(s) URL without user info (`https_only`: no http), of at most `URL_CHARACTERS_MAX` characters
+    and none of them unprintable, with a port of `ports` (empty: any). A fragment may stand there; HTTP does not send it
+    (RFC 9110, 4.2.5).
 
     Hosts are read as the sender reads them, after IDNA. An address must be public unless `private_allowed`, and must be
     spelled in full and in decimal: the sender refuses all other spellings (`2130706433`, `0x7f.1`, `127.1`, a zone) too.
@@ -93,7 +96,7 @@ def parse_callback_url(text: object, *, private_allowed: bool, ports: frozenset[
         url = URL(text)
     except ValueError:
         return None
-    if not url.port or (ports and url.port not in ports):
+    if not url.port or (ports and url.port not in ports) or (https_only and url.scheme != "https"):
         return None
     return text if _host_allowed(url.raw_host or "", private_allowed=private_allowed) else None
 

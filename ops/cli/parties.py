@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 from jsonschema import Draft202012Validator
@@ -15,18 +15,20 @@ from common.db.engine import in_transaction
 from common.db.merchants import list_api_keys, list_shops
 from common.domain.addresses import parse_callback_url
 from ops.cli.connect import read_settings, run_changing, run_connected, run_sealing
-from ops.cli.errors import Refused
-from ops.cli.options import actor_option, json_option, merchant_option, parse_line, parse_shop
+from ops.cli.options import actor_option, json_option, merchant_option, parse_line, parse_shop, reason_option
 from ops.cli.output import show_record, show_records, show_secret
 from ops.onboarding import (
     SCOPES,
     add_key,
     add_merchant,
     add_shop,
+    change_callbacks,
     change_rail,
     change_webhook_url,
     revoke_key,
 )
+
+PORT_MAX: Final = 65_535
 
 
 @click.group("merchant")
@@ -141,17 +143,53 @@ def change_rail_command(shop: tuple[str, str], rail: str, actor: str, as_json: b
 def change_webhook_command(shop: tuple[str, str], url: str | None, is_none: bool, actor: str, as_json: bool) -> None:
     """Call URL about what MERCHANT/SHOP creates without a callback_url, from now on; events that exist keep their URL.
 
-    It is judged like a callback_url, by PAYOUTS_CALLBACK_PRIVATE_ADDRESSES and PAYOUTS_CALLBACK_PORTS.
+    It is judged like a callback_url, by the settings PAYOUTS_CALLBACK_… and the exceptions of `payouts shop callbacks`.
     """
     if is_none == (url is not None):
         raise click.UsageError("either a URL or --none")
     settings = read_settings()
-    if url is not None and not parse_callback_url(
-        url, private_allowed=settings.callback_private_addresses, ports=settings.callback_ports
-    ):
-        raise Refused("the URL must be an absolute http(s) URL without user info, to no forbidden address or port")
-    run_changing(lambda engine: change_webhook_url(engine, merchant=shop[0], shop=shop[1], url=url, actor=actor))
+    run_changing(
+        lambda engine: change_webhook_url(engine, settings, merchant=shop[0], shop=shop[1], url=url, actor=actor)
+    )
     show_record({"shop": "/".join(shop), "webhook_url": url}, as_json=as_json)
+
+
+def parse_ports(text: str) -> tuple[int, ...]:
+    """Ports by commas; none for `default`."""
+    if text == "default":
+        return ()
+    try:
+        ports = tuple(sorted({int(port) for port in text.split(",")}))
+    except ValueError as error:
+        raise click.BadParameter("must be ports by commas, or default") from error
+    if not all(1 <= port <= PORT_MAX for port in ports):
+        raise click.BadParameter(f"each must be 1 to {PORT_MAX}")
+    return ports
+
+
+@shop_group.command("callbacks")
+@click.argument("shop", type=parse_shop, metavar="MERCHANT/SHOP")
+@click.option("--http/--no-http", default=None, help="Callbacks over http too, where the settings want https.")
+@click.option(
+    "--ports",
+    type=parse_ports,
+    metavar="PORT,…|default",
+    help="Ports of its callbacks, instead of those of the settings.",
+)
+@actor_option
+@reason_option
+@json_option
+def change_callbacks_command(
+    shop: tuple[str, str], http: bool | None, ports: tuple[int, ...] | None, actor: str, reason: str, as_json: bool
+) -> None:
+    """Say where callbacks of MERCHANT/SHOP may go against the settings. It counts from the next create and attempt on."""
+    run_changing(
+        lambda engine: change_callbacks(
+            engine, merchant=shop[0], shop=shop[1], http=http, ports=ports, reason=reason, actor=actor
+        )
+    )
+    changed = {"http": http, "ports": None if ports is None else list(ports) or "default"}
+    show_record({"shop": "/".join(shop)} | {k: v for k, v in changed.items() if v is not None}, as_json=as_json)
 
 
 @shop_group.command("list")

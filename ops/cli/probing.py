@@ -4,7 +4,7 @@ Both sign with the shop's live secrets and show none. They read them as `payouts
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -37,6 +37,8 @@ class Request:
     url: str
     headers: dict[str, str]
     body: bytes
+    shop_http: bool = False
+    shop_ports: frozenset[int] | None = None
 
     @property
     def whole_headers(self) -> dict[str, str]:
@@ -118,7 +120,9 @@ async def _test_request(tx: Tx, settings: Settings, event_id: UUID, shop: tuple[
         raise Refused("the shop has no webhook URL; say --url")
     body = render_test_event(event_id=event_id, shop_code=found.code, created_at=datetime.now(UTC))
     secrets = (await find_webhook_secrets(tx, [found.id]))[found.id]
-    return _sign(settings, secrets, render_id(EVENT, event_id), url, body)
+    request = _sign(settings, secrets, render_id(EVENT, event_id), url, body)
+    ports = None if found.callback_ports is None else frozenset(found.callback_ports)
+    return replace(request, shop_http=found.callback_http, shop_ports=ports)
 
 
 def _sign(settings: Settings, sealed: list[SealedWebhookSecret], event: str, url: str, body: bytes) -> Request:
@@ -132,8 +136,16 @@ def _sign(settings: Settings, sealed: list[SealedWebhookSecret], event: str, url
 
 async def _send(request: Request, settings: Settings) -> Attempt:
     async with open_session(
-        private_allowed=settings.callback_private_addresses, ports=settings.callback_ports
+        private_allowed=settings.callback_private_addresses,
+        https_only=settings.callback_https_only,
+        ports=settings.callback_ports,
     ) as session:
         return await send_callback(
-            session, request.url, request.headers, request.body, timeout_seconds=settings.callback_timeout_seconds
+            session,
+            request.url,
+            request.headers,
+            request.body,
+            timeout_seconds=settings.callback_timeout_seconds,
+            shop_http=request.shop_http,
+            shop_ports=request.shop_ports,
         )

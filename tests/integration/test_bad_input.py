@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gateway.schemas import METADATA_KEY_CHARACTERS_MAX, METADATA_MAX, METADATA_VALUE_CHARACTERS_MAX
+from ops.onboarding import change_callbacks
 from tests.factories import Merchant, create_body, fetch
 from tests.wire import (
     BALANCE,
@@ -414,6 +415,38 @@ async def test_a_callback_url_into_our_own_network_or_to_another_port_is_refused
         assert (answer.status, answer.json["callback_url"]) == (201, "https://merchant.example.com:8443/a?b=c#d")
     answer = await gateway.create(merchant, create_body(callback_url="http://127.0.0.1:9000/callbacks"))
     assert answer.status == 201
+
+
+@pytest.mark.parametrize("target", ["/api/v1/payouts", "/api/v1/payins"])
+async def test_scheme_and_port_of_a_callback_are_those_of_the_settings_unless_the_shop_is_an_exception(
+    gateway: Gateway, target: str
+) -> None:
+    plain, excepted = await gateway.merchant(), await gateway.merchant()
+    await change_callbacks(
+        gateway.owner,
+        merchant=excepted.code,
+        shop="shop-001",
+        http=True,
+        ports=[9000],
+        reason="a till of 2009",
+        actor="tests",
+    )
+    cases = {
+        "https://merchant.example.com/": (201, 422),
+        "https://merchant.example.com:9000/": (422, 201),
+        "http://merchant.example.com:9000/": (422, 201),
+        "http://merchant.example.com/": (422, 422),
+    }
+    async with gateway.beside(PAYOUTS_CALLBACK_HTTPS_ONLY="1", PAYOUTS_CALLBACK_PORTS="80,443") as strict:
+        for url, statuses in cases.items():
+            for merchant, status in zip((plain, excepted), statuses, strict=True):
+                answer = await strict.ask(merchant, "POST", target, create_body(callback_url=url))
+                assert answer.status == status, (url, merchant.code)
+                if status == 422:
+                    assert read_refusal(answer).message == "callback_url must be a valid URL"
+                    assert [error["field"] for error in answer.json["errors"]] == ["callback_url"]
+        both = await strict.ask(plain, "POST", target, create_body(amount="1.001", callback_url="http://a.example/"))
+        assert [error["field"] for error in both.json["errors"]] == ["amount", "callback_url"]
 
 
 async def test_all_fields_that_are_wrong_are_named_at_once_in_the_order_of_the_contract(gateway: Gateway) -> None:

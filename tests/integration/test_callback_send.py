@@ -1,17 +1,20 @@
-"""Receivers here are real servers that stall, lie and close. What paces them is waiting for the sender to hang up."""
+"""One attempt against receivers that stall, lie and close."""
 
 import asyncio
 import datetime as dt
+import errno
 import gzip
+import os
 import re
+import resource
 import socket
 import ssl
-import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, suppress
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
 import aiohttp
 import pytest
@@ -21,144 +24,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from worker.callbacks.guard import AddressBlocked, ThreadsResolver, socket_factory
+from tests.receivers import OK, Peer, answers, answers_once, head, receiver, says_nothing
+from worker.callbacks import send as sending
+from worker.callbacks.guard import AddressBlocked, Resolver, socket_factory
 from worker.callbacks.send import EXCERPT_BYTES_MAX, Attempt, open_session, render_headers, send_callback
 
 BODY: Final = '{"type":"payout.success","note":"é\u2028"}'.encode()
 HEADERS: Final = render_headers("evt_1", ["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"], 1764929700.0, BODY)
 ANY_PORT: Final[frozenset[int]] = frozenset()
-OK: Final = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 # A public address; sockets are made for it in the tests, and never connected.
 PUBLIC: Final = "2606:4700:4700::1111"
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a receiver got, byte for byte; header names in lower case."""
-
-    line: str
-    headers: dict[str, str]
-    body: bytes
-
-
-@dataclass
-class Receiver:
-    """A server on 127.0.0.1 and what it saw."""
-
-    port: int
-    connections: int = 0
-    hangups: int = 0
-    requests: list[Request] = field(default_factory=list)
-    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/hook?a=1"
-
-    async def until(self, reached: Callable[[], bool]) -> None:
-        """Wait for something that the receiver counts."""
-        async with asyncio.timeout(10), self._changed:
-            await self._changed.wait_for(reached)
-
-    async def note(self, **counted: int) -> None:
-        async with self._changed:
-            for name, number in counted.items():
-                setattr(self, name, getattr(self, name) + number)
-            self._changed.notify_all()
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """The receiver's side of one connection; `number` counts from 1."""
-
-    receiver: Receiver
-    number: int
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-
-    async def request(self) -> Request:
-        line, *lines = (await self.reader.readuntil(b"\r\n\r\n")).decode().rstrip().split("\r\n")
-        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-        request = Request(line, headers, await self.reader.readexactly(int(headers["content-length"])))
-        self.receiver.requests.append(request)
-        await self.receiver.note()
-        return request
-
-    async def send(self, data: bytes) -> None:
-        self.writer.write(data)
-        await self.writer.drain()
-
-    async def hung_up(self, within_seconds: float | None = None) -> bool:
-        """Whether the sender closed the connection, in that time."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(within_seconds):
-                await self.reader.read()
-                return True
-        return False
-
-    def reset(self) -> None:
-        sock: socket.socket = self.writer.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.writer.transport.abort()
-
-
-Script = Callable[[Peer], Awaitable[None]]
-
-
-@asynccontextmanager
-async def receiver(script: Script, tls: ssl.SSLContext | None = None) -> AsyncIterator[Receiver]:
-    """Runs the script on each connection, then closes it."""
-    scripts: set[asyncio.Task[object] | None] = set()
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        scripts.add(task)
-        await seen.note(connections=1)
-        try:
-            await script(Peer(seen, seen.connections, reader, writer))
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            scripts.discard(task)
-            writer.close()
-            with suppress(ConnectionError, ssl.SSLError):
-                await writer.wait_closed()
-            await seen.note(hangups=1)
-
-    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=tls)
-    seen = Receiver(server.sockets[0].getsockname()[1])
-    async with server:
-        yield seen
-        for task in tuple(scripts):
-            assert task is not None
-            task.cancel()
-        await seen.until(lambda: seen.hangups == seen.connections)
-
-
-def answers(data: bytes) -> Script:
-    """Answers every request of a connection with these bytes."""
-
-    async def script(peer: Peer) -> None:
-        while True:
-            await peer.request()
-            await peer.send(data)
-
-    return script
-
-
-def answers_once(data: bytes) -> Script:
-    """Answers one request with these bytes and waits for the sender to close."""
-
-    async def script(peer: Peer) -> None:
-        await peer.request()
-        await peer.send(data)
-        await peer.hung_up()
-
-    return script
-
-
-async def says_nothing(peer: Peer) -> None:
-    await peer.hung_up()
 
 
 class Names(AbstractResolver):
@@ -204,10 +79,6 @@ async def send(session: aiohttp.ClientSession, url: str, timeout_seconds: float 
     assert attempt.delivered == (attempt.http_status is not None and 200 <= attempt.http_status < 300)
     assert attempt.duration_ms < (timeout_seconds + 0.5) * 1000
     return attempt
-
-
-def head(status: str, *headers: str) -> bytes:
-    return "\r\n".join([f"HTTP/1.1 {status}", *headers, "\r\n"]).encode()
 
 
 async def test_exactly_the_given_bytes_and_headers_are_posted(session: aiohttp.ClientSession) -> None:
@@ -283,6 +154,39 @@ async def test_the_deadline_ends_an_attempt_whose_server_never_speaks_tls(sessio
     async with receiver(says_nothing) as merchant:
         attempt = await send(session, merchant.url.replace("http:", "https:"), timeout_seconds=0.2)
     assert attempt.error == "timeout"
+
+
+async def test_tls_that_is_never_spoken_ends_when_connecting_should_be_over(
+    session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "_CONNECT_SECONDS", 0.2)
+    async with receiver(says_nothing) as merchant:
+        attempt = await send(session, merchant.url.replace("http:", "https:"), timeout_seconds=10.0)
+    assert (attempt.error, attempt.address) == ("timeout", None)
+    assert attempt.duration_ms < 2000
+
+
+async def test_what_is_said_of_a_failure_names_no_address_no_host_and_no_file(
+    session: aiohttp.ClientSession, guarded: aiohttp.ClientSession
+) -> None:
+    """Merchants read it."""
+    async with receiver(answers_once(b"nonsense")) as merchant:
+        attempts = [
+            await send(session, merchant.url),
+            await send(session, merchant.url.replace("http:", "https:"), timeout_seconds=0.2),
+            await send(guarded, merchant.url),
+            await send(session, "http://localhost:1/"),
+            await send(session, "http://nowhere.invalid/"),
+        ]
+    assert [attempt.error for attempt in attempts] == [
+        "response_invalid",
+        "timeout",
+        "address_blocked",
+        "connection_refused",
+        "dns_failed",
+    ]
+    assert not any(attempt.response_excerpt for attempt in attempts)
+    assert [attempt.address for attempt in attempts] == ["127.0.0.1", None, None, None, None]
 
 
 async def test_a_body_that_drips_after_200_is_delivered_and_left_after_a_second(session: aiohttp.ClientSession) -> None:
@@ -435,41 +339,88 @@ async def test_a_name_that_does_not_exist_is_a_dns_failure() -> None:
     assert (attempt.error, attempt.address) == ("dns_failed", None)
 
 
-async def test_the_system_resolver_finds_names_and_says_when_there_are_none() -> None:
-    resolver = ThreadsResolver()
-    found = await resolver.resolve("localhost", 80, socket.AF_INET)
-    assert {(result["host"], result["port"]) for result in found} == {("127.0.0.1", 80)}
-    with pytest.raises(socket.gaierror):
-        await resolver.resolve("no name", 80)
-    await resolver.close()
-
-
-def certificate(folder: Path) -> ssl.SSLContext:
-    """A server's TLS with a certificate for 127.0.0.1 that nobody vouches for."""
+def certificate(folder: Path, host: str = "127.0.0.1", days: int = 1) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A server's TLS with a certificate of its own making, and a client's that trusts it and is strict otherwise."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
-    now = dt.datetime.now(dt.UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "somebody")])
+    end = dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
     signed = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now)
-        .not_valid_after(now + dt.timedelta(days=1))
+        .not_valid_before(end - dt.timedelta(days=10))
+        .not_valid_after(end)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(host))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
     encoding, private = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     path = folder / "tls.pem"
     path.write_bytes(key.private_bytes(encoding, private, serialization.NoEncryption()) + signed.public_bytes(encoding))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path)
-    return context
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(path)
+    return server, ssl.create_default_context(cafile=path)
 
 
 async def test_a_certificate_that_nobody_vouches_for_fails_before_a_byte_of_the_callback_is_sent(
     session: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
-    async with receiver(answers_once(OK), certificate(tmp_path)) as merchant:
+    async with receiver(answers_once(OK), certificate(tmp_path)[0]) as merchant:
         attempt = await send(session, merchant.url.replace("http:", "https:"))
     assert attempt.error == "tls_failed"
+    assert not attempt.ours
     assert merchant.requests == []
+
+
+@pytest.mark.parametrize(
+    ("made", "error"),
+    [
+        ({}, None),
+        ({"days": -1}, "tls_failed"),
+        ({"host": "127.0.0.2"}, "tls_failed"),
+    ],
+    ids=["good", "expired", "another host's"],
+)
+async def test_a_certificate_that_is_vouched_for_must_be_of_today_and_of_the_host(
+    session: aiohttp.ClientSession, tmp_path: Path, made: dict[str, Any], error: str | None
+) -> None:
+    server, trusting = certificate(tmp_path, **made)
+    assert session.connector is not None
+    cast(Any, session.connector)._ssl = trusting
+    async with receiver(answers(OK), server) as merchant:
+        attempt = await send(session, merchant.url.replace("http:", "https:"))
+    assert attempt.error == error
+    assert len(merchant.requests) == (error is None)
+
+
+@pytest.mark.parametrize(
+    ("newest", "error"),
+    [
+        (ssl.TLSVersion.TLSv1, "tls_failed"),
+        (ssl.TLSVersion.TLSv1_1, "tls_failed"),
+        (ssl.TLSVersion.TLSv1_2, "connection_failed"),
+    ],
+)
+async def test_tls_that_is_too_old_is_not_spoken(
+    session: aiohttp.ClientSession, tmp_path: Path, newest: ssl.TLSVersion, error: str
+) -> None:
+    """The server hangs up after the handshake. It blocks, since asyncio's would not say why it refuses one."""
+    server, trusting = certificate(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        server.set_ciphers("ALL:@SECLEVEL=0")
+        server.minimum_version, server.maximum_version = ssl.TLSVersion.TLSv1, newest
+    cast(Any, session.connector)._ssl = trusting
+
+    def shake_hands(listener: socket.socket) -> None:
+        peer, _ = listener.accept()
+        with peer, suppress(OSError), server.wrap_socket(peer, server_side=True):
+            pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        attempt, _ = await asyncio.gather(
+            send(session, f"https://127.0.0.1:{port}/"), asyncio.to_thread(shake_hands, listener)
+        )
+    assert attempt.error == error
 
 
 async def test_a_server_that_speaks_plain_http_on_a_tls_port_fails_tls(session: aiohttp.ClientSession) -> None:
@@ -564,10 +515,10 @@ def test_of_mixed_addresses_only_the_public_ones_get_a_socket() -> None:
             guarded((socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (private, 443, 0, 0)))
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "[::ffff:127.0.0.1]", "0x7f000001", "localhost"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::ffff:127.0.0.1]", "localhost"])
 async def test_the_guard_blocks_at_connect_whatever_the_url_said(host: str) -> None:
     """The guard alone, without the check of the URL in front of it."""
-    connector = aiohttp.TCPConnector(socket_factory=socket_factory(private_allowed=False), resolver=ThreadsResolver())
+    connector = aiohttp.TCPConnector(socket_factory=socket_factory(private_allowed=False), resolver=Resolver())
     async with receiver(says_nothing) as canary, aiohttp.ClientSession(connector=connector) as session:
         with pytest.raises(aiohttp.ClientConnectorError) as caught:
             await session.post(f"http://{host}:{canary.port}/")
@@ -725,11 +676,114 @@ async def test_a_callback_is_not_sent_again_once_an_answer_began(session: aiohtt
     assert (merchant.connections, len(merchant.requests)) == (1, 2)
 
 
-async def test_an_attempt_that_fails_through_our_own_fault_counts_and_does_not_raise(
-    session: aiohttp.ClientSession,
-) -> None:
+async def test_an_error_of_our_own_is_ours_and_does_not_raise(session: aiohttp.ClientSession) -> None:
     await session.close()
-    assert (await send(session, "http://127.0.0.1/")).error == "internal_error"
+    attempt = await send(session, "http://127.0.0.1/")
+    assert (attempt.error, attempt.ours) == ("internal_error", True)
+
+
+async def test_without_a_file_to_open_the_fault_is_ours(session: aiohttp.ClientSession) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with receiver(answers(OK)) as merchant:
+        with ExitStack() as files:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (open_files() + 20, hard))
+            files.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+            with suppress(OSError):
+                while True:
+                    files.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+            attempt = await send(session, merchant.url)
+        assert (attempt.error, attempt.ours) == ("files_exhausted", True)
+        assert (await send(session, merchant.url)).delivered
+    assert merchant.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "host", "cut_off", "error"),
+    [
+        (errno.ENFILE, "127.0.0.1", False, "files_exhausted"),
+        (errno.ENOBUFS, "127.0.0.1", False, "memory_exhausted"),
+        (errno.EADDRNOTAVAIL, "127.0.0.1", False, "ports_exhausted"),
+        (errno.ENETUNREACH, "127.0.0.1", True, "network_down"),
+        (errno.ENETUNREACH, "127.0.0.1", False, None),
+        (errno.EHOSTUNREACH, "127.0.0.1", True, None),
+        # To have no IPv6 is nothing that a later attempt would change.
+        (errno.EADDRNOTAVAIL, "[::1]", True, None),
+        (errno.ENETUNREACH, "[::1]", True, None),
+    ],
+)
+async def test_what_the_system_says_of_us_is_ours_and_what_it_says_of_the_way_is_not(
+    session: aiohttp.ClientSession,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    host: str,
+    cut_off: bool,
+    error: str | None,
+) -> None:
+    def refuse(_: object) -> socket.socket:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(session.connector, "_guarded", refuse)
+    monkeypatch.setattr(sending, "_is_cut_off", lambda: cut_off)
+    attempt = await send(session, f"http://{host}:9/")
+    assert (attempt.error, attempt.ours) == (error or "connection_failed", error is not None)
+
+
+def test_a_machine_that_reaches_the_far_address_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sending, "_FAR_AWAY", ("127.0.0.1", 9))
+    assert not sending._is_cut_off()
+
+
+async def test_an_attempt_says_how_long_its_phases_took(session: aiohttp.ClientSession) -> None:
+    async def slow(peer: Peer) -> None:
+        while True:
+            await peer.request()
+            await peer.hung_up(within_seconds=0.1)
+            await peer.send(OK)
+
+    async with receiver(slow) as merchant:
+        first, second = [await send(session, merchant.url) for _ in range(2)]
+    assert (first.reused, second.reused) == (False, True)
+    assert first.dns_ms is not None
+    assert first.connect_ms is not None
+    assert first.dns_ms < 50
+    assert first.connect_ms < 100
+    assert (second.dns_ms, second.connect_ms) == (None, None)
+    for attempt in (first, second):
+        assert attempt.first_byte_ms is not None
+        assert 95 <= attempt.first_byte_ms <= attempt.duration_ms
+
+
+async def test_a_phase_that_fails_lasted_until_it_failed(session: aiohttp.ClientSession) -> None:
+    async with receiver(says_nothing) as merchant:
+        silent = await send(session, merchant.url, timeout_seconds=0.2)
+        without_tls = await send(session, merchant.url.replace("http:", "https:"), timeout_seconds=0.2)
+    assert silent.connect_ms is not None
+    assert without_tls.connect_ms is not None
+    assert silent.connect_ms < 100
+    assert (silent.first_byte_ms or 0) > 100
+    assert without_tls.connect_ms >= 190
+    assert without_tls.first_byte_ms is None
+    blocked = await send(session, "http://user:password@127.0.0.1/")
+    assert (blocked.dns_ms, blocked.connect_ms, blocked.first_byte_ms) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("demanded", "excepted", "error"),
+    [
+        ({"https_only": True, "ports": ANY_PORT}, {}, "address_blocked"),
+        ({"https_only": True, "ports": ANY_PORT}, {"shop_http": True}, None),
+        ({"ports": frozenset({443})}, {}, "address_blocked"),
+        ({"ports": frozenset({443})}, {"shop_ports": ANY_PORT}, None),
+        ({"ports": ANY_PORT}, {"shop_ports": frozenset({443})}, "address_blocked"),
+    ],
+)
+async def test_scheme_and_port_are_those_of_the_settings_unless_the_shop_is_an_exception(
+    demanded: dict[str, Any], excepted: dict[str, Any], error: str | None
+) -> None:
+    async with receiver(answers(OK)) as merchant, open_session(private_allowed=True, **demanded) as session:
+        attempt = await send_callback(session, merchant.url, HEADERS, BODY, timeout_seconds=5.0, **excepted)
+    assert attempt.error == error
+    assert merchant.connections == (error is None)
 
 
 async def test_cancelled_attempts_leave_no_connection_and_no_file_behind(session: aiohttp.ClientSession) -> None:

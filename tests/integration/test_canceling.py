@@ -427,4 +427,4 @@ async def test_many_cancels_of_a_busy_shop_leave_connections_to_everybody_else(
 )
 def test_an_expiry_that_is_no_time_is_refused_by_name(value: Any) -> None:
     with pytest.raises(InvalidRequest, match="expires_at must be an RFC 3339 time"):
-        parse_create_payout(create_body(expires_at=value), private_callbacks=False, callback_ports=frozenset())
+        parse_create_payout(create_body(expires_at=value), private_callbacks=False)

@@ -132,8 +132,10 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "shop secret rotate",
         "shop secret revoke",
         "callbacks test",
+        "shop callbacks",
     }
     assert asks_reason == {
+        "shop callbacks",
         "balance topup",
         "callbacks resend",
         "discrepancies close",
@@ -337,6 +339,41 @@ async def test_shops_are_listed_of_all_merchants_or_of_one(terminal: Terminal, s
         ("acme", "dhaka", "BDT", True)
     ]
     (await terminal.run("shop", "list", "--merchant", "nobody")).assert_shown("none")
+
+
+async def test_a_shop_becomes_an_exception_from_where_callbacks_may_go_and_stops_being_one(
+    terminal: Terminal, shop_floor: Desk, shop: str
+) -> None:
+    async def exceptions() -> tuple[bool, list[int] | None]:
+        row = await shop_floor.one("SELECT callback_http, callback_ports FROM shops WHERE code = :code", code=shop)
+        return row.callback_http, row.callback_ports
+
+    command = ("shop", "callbacks", f"acme/{shop}", "--reason", "a till of 2009", *AS_ALICE)
+    assert await exceptions() == (False, None)
+    shown = await terminal.run(*command, "--http", "--ports", "9000,8080,9000", "--json")
+    assert shown.document == {"shop": f"acme/{shop}", "http": True, "ports": [8080, 9000]}
+    assert await exceptions() == (True, [8080, 9000])
+    assert await audited(shop_floor, "shop.callbacks") == ("alice", f"acme/{shop}", "a till of 2009")
+    (listed,) = (await terminal.run("shop", "list", "--merchant", "acme", "--json")).document["shops"]
+    assert (listed["callback_http"], listed["callback_ports"]) == (True, [8080, 9000])
+
+    (await terminal.run(*command, "--no-http")).assert_shown("http", "no")
+    assert await exceptions() == (False, [8080, 9000])
+    (await terminal.run(*command, "--ports", "default")).assert_shown("default")
+    assert await exceptions() == (False, None)
+    details = await fetch(shop_floor.owner, "SELECT detail FROM audit WHERE action = 'shop.callbacks' ORDER BY id")
+    assert [row.detail for row in details] == [
+        {"http": True, "ports": [8080, 9000]},
+        {"http": False},
+        {"ports": "default"},
+    ]
+
+    (await terminal.run(*command)).assert_refused("nothing was said")
+    for ports in ("0", "65536", "x", "", "80;443"):
+        assert (await terminal.run(*command, "--ports", ports)).code == 2
+    other = ("shop", "callbacks", "acme/other", "--http", "--reason", "none")
+    (await terminal.run(*other)).assert_refused("no shop other")
+    assert await exceptions() == (False, None)
 
 
 async def test_a_shop_carries_the_schema_of_a_file(

@@ -19,11 +19,15 @@ from standardwebhooks import Webhook
 
 from common.db.callbacks import resend_callback
 from common.db.engine import in_transaction
+from common.db.invariants import verify
 from common.db.lanes import ClaimedCallback
 from common.domain.ids import EVENT, render_id
+from ops.onboarding import change_callbacks
 from tests.factories import Merchant, engine, execute, fetch
 from tests.flows import Desk, assert_sound, desk, heal_lanes, pass_callback_time, take_callbacks
+from tests.names import NO_SUCH_NAME, name_server
 from worker.callbacks.deliver import Deliverer, Ended, record_attempts
+from worker.callbacks.guard import Resolver
 from worker.callbacks.send import Attempt, open_session
 
 MINUTE, HOUR = 60, 3600
@@ -124,11 +128,20 @@ class Stage:
 
 
 @asynccontextmanager
-async def staging(database_url: str, *, private_allowed: bool = True, **overrides: Any) -> AsyncIterator[Stage]:
+async def staging(
+    database_url: str,
+    *,
+    private_allowed: bool = True,
+    resolver: Resolver | None = None,
+    https_only: bool = False,
+    **overrides: Any,
+) -> AsyncIterator[Stage]:
     async with (
         desk(database_url) as working,
         receiving() as receiver,
-        open_session(private_allowed=private_allowed, ports=frozenset()) as session,
+        open_session(
+            private_allowed=private_allowed, https_only=https_only, ports=frozenset(), resolver=resolver
+        ) as session,
     ):
         config = replace(working.settings, **overrides)
         deliverer = Deliverer(working.worker, config.keyring, session, config)
@@ -161,6 +174,17 @@ async def test_a_2xx_delivers_the_stored_bytes_under_both_signatures(database_ur
         (attempt,) = await stage.attempts()
         assert (attempt.attempt_no, attempt.http_status, attempt.error, attempt.late) == (1, 200, None, False)
         assert (attempt.response_excerpt, str(attempt.address)) == (b"ok", "127.0.0.1")
+        await assert_sound(stage.desk.owner)
+
+
+async def test_a_callback_whose_attempts_are_no_longer_kept_is_sound(database_url: str) -> None:
+    async with staging(database_url) as stage:
+        await stage.tell()
+        await stage.deliver()
+        await execute(stage.desk.owner, "DELETE FROM callback_attempts")
+        broken = {finding.rule.name for finding in await verify(stage.desk.owner) if finding.count}
+        assert broken == {"delivered_callback_has_a_2xx"}
+        await execute(stage.desk.owner, "UPDATE callbacks SET finished_at = now() - interval '30 days'")
         await assert_sound(stage.desk.owner)
 
 
@@ -237,17 +261,23 @@ async def test_what_is_being_sent_is_not_sent_again_beside_it(database_url: str)
 
 
 @pytest.mark.parametrize(
-    ("asked", "least", "most"),
-    [("120", 120, 121), ("1", 10, 11), ("999999", 6 * HOUR, 6 * HOUR + 1), ("soon", 10, 11)],
+    ("asked", "least", "most", "logged"),
+    [
+        ("120", 120, 121, 120),
+        ("1", 10, 11, 1),
+        ("999999", 6 * HOUR, 6 * HOUR + 1, 999_999),
+        ("soon", 10, 11, None),
+    ],
 )
 async def test_retry_after_lengthens_a_delay_within_bounds(
-    database_url: str, asked: str, least: float, most: float
+    database_url: str, asked: str, least: float, most: float, logged: int | None
 ) -> None:
     async with staging(database_url) as stage:
         await stage.tell()
         stage.receiver.answer = f"429 Slower\r\nRetry-After: {asked}"
         await stage.deliver()
         assert least - SLACK_SECONDS < (await stage.callback()).due_in <= most
+        assert [row.retry_after_seconds for row in await stage.attempts()] == [logged]
 
 
 async def test_410_rejects_for_good(database_url: str) -> None:
@@ -298,6 +328,26 @@ async def test_nobody_listening_is_a_failure(database_url: str) -> None:
         assert (await stage.callback()).step == 1
 
 
+async def test_a_fault_of_ours_uses_no_step_and_is_tried_again_soon(database_url: str) -> None:
+    async with name_server(lambda _: NO_SUCH_NAME) as gone:
+        pass
+    async with staging(database_url, resolver=Resolver([gone.address])) as stage:
+        await stage.tell(url=f"http://merchant.example:{stage.receiver.port}/told")
+        await execute(stage.desk.owner, "UPDATE callback_due SET step = :last", last=len(DELAYS))
+        for attempts in (1, 2):
+            await stage.deliver()
+            callback = await stage.callback()
+            assert (callback.state, callback.step, callback.attempts_made) == ("pending", len(DELAYS), attempts)
+            assert callback.lease_token is None
+            assert 30 - SLACK_SECONDS < callback.due_in <= 30
+            await stage.travel()
+        assert [(row.attempt_no, row.error) for row in await stage.attempts()] == [
+            (1, "dns_unreachable"),
+            (2, "dns_unreachable"),
+        ]
+        await assert_sound(stage.desk.owner)
+
+
 async def test_a_private_address_is_not_called_unless_it_is_allowed(database_url: str) -> None:
     async with staging(database_url, private_allowed=False) as stage:
         await stage.tell()
@@ -305,6 +355,46 @@ async def test_a_private_address_is_not_called_unless_it_is_allowed(database_url
         assert stage.receiver.calls == []
         (attempt,) = await stage.attempts()
         assert (attempt.http_status, attempt.error, attempt.address) == (None, "address_blocked", None)
+
+
+async def test_what_is_sent_again_passes_the_same_guard(database_url: str) -> None:
+    async with staging(database_url, private_allowed=False) as stage:
+        (event_id,) = await stage.tell(url="http://169.254.169.254/latest/meta-data")
+        await execute(stage.desk.owner, "UPDATE callback_due SET step = :last", last=len(DELAYS))
+        await stage.deliver()
+        assert (await stage.callback()).state == "exhausted"
+        ops = engine(database_url, role="payouts_ops")
+        assert await in_transaction(ops, lambda tx: resend_callback(tx, event_id))
+        await ops.dispose()
+        await stage.deliver()
+        assert [(row.error, row.address, row.connect_ms) for row in await stage.attempts()] == [
+            ("address_blocked", None, None)
+        ] * 2
+
+
+async def test_a_callback_that_is_no_longer_allowed_is_blocked_until_its_shop_is_an_exception(
+    database_url: str,
+) -> None:
+    async with staging(database_url, https_only=True) as stage:
+        await stage.tell()
+        await stage.deliver()
+        assert [row.error for row in await stage.attempts()] == ["address_blocked"]
+        await change_callbacks(
+            stage.desk.owner,
+            merchant=stage.merchant.code,
+            shop="shop-001",
+            http=True,
+            ports=[stage.receiver.port],
+            reason="a till of 2009",
+            actor="tests",
+        )
+        await stage.travel()
+        await stage.deliver()
+        assert (await stage.callback()).state == "delivered"
+        blocked, delivered = await stage.attempts()
+        assert (blocked.dns_ms, blocked.connect_ms, blocked.first_byte_ms) == (None, None, None)
+        assert None not in (delivered.dns_ms, delivered.connect_ms, delivered.first_byte_ms)
+        await assert_sound(stage.desk.owner)
 
 
 async def test_a_worker_that_died_leaves_the_callback_to_the_next_one(database_url: str) -> None:

@@ -359,7 +359,7 @@ async def test_what_was_there_before_the_feed_is_told_first_and_in_order(
     async with cloned(server, "template0") as url:
         scripts = ScriptDirectory(str(ROOT / "migrations"))
         with monkeypatch.context() as patched:
-            earlier, to_revision = str(scripts.get_revision("0009").down_revision), command.upgrade
+            earlier, to_revision = str(scripts.get_revision("0010").down_revision), command.upgrade
             patched.setattr(command, "upgrade", lambda config, _: to_revision(config, earlier))
             await upgrade(url)
         await forge(server, url, _BEFORE.format(shop=shop_id))

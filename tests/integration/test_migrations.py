@@ -27,7 +27,7 @@ COLUMNS = """
            format_type(a.atttypid, a.atttypmod) AS type, NOT a.attnotnull AS nullable
       FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
      WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast') AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
-       AND a.attnum > 0 AND NOT a.attisdropped ORDER BY 1, a.attnum
+       AND NOT c.relispartition AND a.attnum > 0 AND NOT a.attisdropped ORDER BY 1, a.attnum
 """
 
 # Everything that a migration could leave behind. The oids say that nothing was made anew.

@@ -479,7 +479,21 @@ CASES: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("the gateway forgets what is to be called", GATEWAY, NOT_ALLOWED, ("DELETE FROM callback_due",)),
     ("the gateway takes a callback", GATEWAY, NOT_ALLOWED, ("UPDATE callback_due SET lease_token = '{fresh}'",)),
     ("the gateway counts attempts anew", GATEWAY, NOT_ALLOWED, ("UPDATE callback_due SET attempts_made = 0, step = 0",)),
+    *(
+        (f"{role} rewrites the log of attempts", role, NOT_ALLOWED, ("UPDATE callback_attempts SET http_status = 200",))
+        for role in APPLICATION
+    ),
+    *(
+        (f"{role} forgets attempts", role, NOT_ALLOWED, ("DELETE FROM callback_attempts",)) for role in APPLICATION
+    ),
+    ("a week of the log goes past its function", WORKER, NOT_ALLOWED, ("TRUNCATE callback_attempts_default",)),
+    ("ops drop what is over", OPS, NOT_ALLOWED, ("SELECT drop_callback_attempts(90)",)),
+    ("a week is made of one's own choice", WORKER, NOT_ALLOWED, ("SELECT add_callback_attempts_week(now())",)),
     # Parties.
+    *(
+        (f"the ports {ports}", OPS, "shops_callback_ports_check", (f"UPDATE shops SET callback_ports = ARRAY[{ports}]::int[]",))
+        for ports in ("", "0", "65536", "443, NULL")
+    ),
     ("two default shops", OPS, "shops_one_default_per_merchant", (_SHOP % "true",)),
     ("a shop's code for the second time", OPS, "shops_merchant_id_code_key", (
         (_SHOP % "false").replace("second", "shop-001"),)),

@@ -370,7 +370,7 @@ async def test_a_webhook_url_is_judged_like_a_callback_url(
 async def test_the_secrets_that_shops_had_move_and_still_open(server: Server) -> None:
     """Their seal is bound to owner and row: both were the shop."""
     async with cloned(server, "template0") as url:
-        await _migrate(url, before="0010")
+        await _migrate(url, before="0011")
         keyring = settings(url).keyring
         shop_ids = [uuid4(), uuid4()]
         owner = engine(url)

@@ -197,6 +197,13 @@ def test_ports_are_those_of_the_set_and_any_when_it_is_empty() -> None:
     assert parse_callback_url("https://merchant.example/", private_allowed=False, ports=frozenset({80})) is None
 
 
+def test_http_passes_only_where_it_is_allowed() -> None:
+    for url, allowed in (("http://merchant.example/", False), ("HTTPS://merchant.example/", True)):
+        assert parse_callback_url(url, private_allowed=False, ports=ANY_PORT) == url
+        judged = parse_callback_url(url, private_allowed=False, https_only=True, ports=ANY_PORT)
+        assert judged == (url if allowed else None)
+
+
 def test_the_longest_url_has_2048_characters() -> None:
     url = "https://merchant.example/".ljust(2048, "a")
     assert parse_callback_url(url, private_allowed=False, ports=ANY_PORT) == url

@@ -36,7 +36,7 @@ def rendered(**values: object) -> dict[str, object]:
 def test_merchants_hear_of_every_error_that_the_sender_can_tell() -> None:
     """The sender's tables, and the code it gives when it is wrong itself."""
     told = {code for _, code in send._ERRORS} | {code for code in send._STATUS_ERRORS.values() if code}
-    told |= {send._STATUS_ERROR_UNKNOWN, "internal_error"}
+    told |= {send._STATUS_ERROR_UNKNOWN, *send._OURS}
     assert set(ERRORS_SHOWN) == told
 
 

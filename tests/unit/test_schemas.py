@@ -200,7 +200,7 @@ def test_fields_of_any_type_are_taken_or_refused_by_name_and_never_a_crash(field
     if verdict(parse_json_object, body) == "refused":
         return
     try:
-        create = parse_create_payout(body, private_callbacks=False, callback_ports=frozenset())
+        create = parse_create_payout(body, private_callbacks=False)
     except InvalidRequest as refused:
         named = [field.field for field in refused.fields]
         assert len(set(named)) == len(named)

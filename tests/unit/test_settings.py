@@ -33,6 +33,8 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     settings = Settings.from_environ(GOOD)
     assert (settings.signature_window_seconds, settings.key_cache_seconds) == (60, 5.0)
     assert settings.callback_private_addresses is False
+    assert settings.callback_https_only is False
+    assert settings.callback_attempts_keep_days == 90
     assert (settings.callback_timeout_seconds, settings.callback_lease_seconds) == (17.0, 60.0)
     assert settings.accept_batch_max <= 128
 
@@ -51,6 +53,8 @@ def test_everything_that_is_missing_is_named_at_once() -> None:
         *(("PAYOUTS_KEY_CACHE_SECONDS", value) for value in ("5.1", "-0.1", "nan", "inf", SECRET)),
         *(("PAYOUTS_BODY_TIMEOUT_SECONDS", value) for value in ("0", "61", "nan", "-inf", SECRET)),
         *(("PAYOUTS_CALLBACK_PRIVATE_ADDRESSES", value) for value in ("yes", "true", "2", "", SECRET)),
+        *(("PAYOUTS_CALLBACK_HTTPS_ONLY", value) for value in ("yes", "", SECRET)),
+        *(("PAYOUTS_CALLBACK_ATTEMPTS_KEEP_DAYS", value) for value in ("29", "3651", "", SECRET)),
         *(("PAYOUTS_CALLBACK_PORTS", value) for value in ("0", "80;443", "65536", SECRET, "80,x")),
         *(("PAYOUTS_LOG_FORMAT", value) for value in ("", "JSON", "text", SECRET)),
         *(("PAYOUTS_ACCEPT_BATCH_MAX", value) for value in ("0", "129", SECRET)),

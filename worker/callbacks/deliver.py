@@ -1,6 +1,7 @@
 """Delivery: claim callbacks under a lease, send the stored bytes, record each attempt. The same three steps as settlement."""
 
 import asyncio
+import math
 import random
 import time
 from collections import Counter as Tally
@@ -54,6 +55,8 @@ from worker.scanning import OVERDUE_SECONDS
 
 _CLAIM_MAX: Final = 128
 _RECORD_BATCH_MAX: Final = 128
+# An attempt that failed by our fault says nothing of the receiver: the same step again, when we may have recovered.
+_OURS_AGAIN_SECONDS: Final = 30.0
 # Longer than other transactions: an attempt that is not recorded is made again.
 _RECORD_ATTEMPTS_MAX: Final = 20
 # A claim for less than this part of what may be in flight waits a moment for more, so that few transactions take many.
@@ -62,6 +65,9 @@ _ROOM_WAIT_SECONDS: Final = 0.02
 
 # What a receiver asks for with these holds for all that goes to it.
 _ASKING: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
+
+# What cannot be signed is not sent, by our fault.
+_NEVER_SENT: Final = Attempt(None, "internal_error", b"", None, 0, 0.0)
 
 LEASES_LAPSED: Final = Counter(
     "payouts_callback_leases_lapsed", "Callbacks given back because their worker was silent for too long"
@@ -224,14 +230,11 @@ class Deliverer:
             return []
 
     async def _deliver(self, callback: ClaimedCallback, secrets: list[str], token: UUID, start_until: float) -> None:
-        if not secrets or monotonic() > start_until:
-            # No step of the schedule is used: the lease runs out.
+        if monotonic() > start_until:
+            # The lease would not outlive the attempt: it runs out, and no step of the schedule is used.
             return
         event = render_id(EVENT, callback.event_id)
-        headers = render_headers(event, secrets, time.time(), callback.body)
-        attempt = await send_callback(
-            self._session, callback.url, headers, callback.body, timeout_seconds=self._settings.callback_timeout_seconds
-        )
+        attempt = await self._send(callback, secrets, event) if secrets else _NEVER_SENT
         try:
             await self._records.submit(Ended(callback, token, attempt, monotonic(), random.random()))  # noqa: S311 jitter
         except Exception as error:
@@ -243,6 +246,17 @@ class Deliverer:
             status=attempt.http_status,
             error=attempt.error,
             duration_ms=attempt.duration_ms,
+        )
+
+    async def _send(self, callback: ClaimedCallback, secrets: list[str], event: str) -> Attempt:
+        return await send_callback(
+            self._session,
+            callback.url,
+            render_headers(event, secrets, time.time(), callback.body),
+            callback.body,
+            timeout_seconds=self._settings.callback_timeout_seconds,
+            shop_http=callback.callback_http,
+            shop_ports=None if callback.callback_ports is None else frozenset(callback.callback_ports),
         )
 
     async def _record(self, ended: Sequence[Ended]) -> list[None]:
@@ -295,8 +309,14 @@ async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float) -> None
 
 
 def _conclude(item: Ended, finished: dict[UUID, str], again: dict[UUID, tuple[int, float]]) -> None:
-    """A failed attempt: 410 is the receiver's "never again", the end of the schedule is ours. One out of turn uses no step."""
+    """A failed attempt: 410 is the receiver's "never again", the end of the schedule is ours.
+
+    One out of turn uses no step, nor does one that failed by our fault.
+    """
     event_id, step, out_of_turn = item.callback.event_id, item.callback.step, item.callback.resume_at is not None
+    if item.attempt.ours:
+        again[event_id] = (step, _OURS_AGAIN_SECONDS)
+        return
     delay_seconds = callback_delay(0 if out_of_turn else step, item.luck, item.attempt.retry_after_seconds)
     if item.attempt.http_status == HTTPStatus.GONE:
         finished[event_id] = "rejected"
@@ -309,7 +329,7 @@ def _conclude(item: Ended, finished: dict[UUID, str], again: dict[UUID, tuple[in
 def _exchange(attempt: Attempt) -> Exchange:
     """What an attempt says of its lane: "too many" and "gone" are answers of somebody who is well."""
     asked_seconds = attempt.retry_after_seconds if attempt.http_status in _ASKING else 0.0
-    if attempt.http_status == HTTPStatus.TOO_MANY_REQUESTS or attempt.error in ("address_blocked", "internal_error"):
+    if attempt.http_status == HTTPStatus.TOO_MANY_REQUESTS or attempt.ours or attempt.error == "address_blocked":
         return Exchange(None, attempt.duration_ms, asked_seconds)
     healthy = attempt.delivered or attempt.http_status == HTTPStatus.GONE
     return Exchange(healthy, attempt.duration_ms, asked_seconds)
@@ -330,4 +350,9 @@ def _logged(item: Ended, *, late: bool, now: float) -> CallbackAttempt:
         response_excerpt=attempt.response_excerpt,
         address=attempt.address,
         late=late,
+        dns_ms=attempt.dns_ms,
+        connect_ms=attempt.connect_ms,
+        first_byte_ms=attempt.first_byte_ms,
+        reused=attempt.reused,
+        retry_after_seconds=math.ceil(attempt.retry_after_seconds) or None,
     )

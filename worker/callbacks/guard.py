@@ -1,21 +1,34 @@
-"""From a host to a socket: names are resolved in threads of our own, and every address is judged when it is about to be
-called.
+"""From a host to a socket: names are resolved without threads to run out of, and every address is judged when it is about
+to be called.
 """
 
-import asyncio
 import errno
 import socket
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from ipaddress import ip_address
 from typing import Final
 
-from aiohttp import AddrInfoType, SocketFactoryType
-from aiohttp.abc import AbstractResolver, ResolveResult
+import aiodns
+import pycares
+from aiodns.error import ARES_ECONNREFUSED, ARES_ENOMEM
+from aiohttp import AddrInfoType, AsyncResolver, SocketFactoryType
+from aiohttp.abc import ResolveResult
+from prometheus_client import Counter
 
 from common.domain.addresses import is_public
 
-# One dead zone occupies one thread, for as long as the system's resolver tries.
-_LOOKUPS_MAX: Final = 64
+# For the first answer of a server, and how often each server is asked; the second time it has twice as long.
+DNS_TIMEOUT_SECONDS: Final = 2.0
+DNS_TRIES: Final = 2
+
+# A callback's name is whole: the machine's search domains are not for merchants. EDNS is what c-ares does by itself.
+_FLAGS: Final = pycares.ARES_FLAG_NOSEARCH | pycares.ARES_FLAG_EDNS
+# What is no answer, and not the lack of one: no server of ours is there, or we cannot even ask.
+_NOT_ASKED: Final = frozenset({ARES_ECONNREFUSED, ARES_ENOMEM})
+
+BLOCKED: Final = Counter(
+    "payouts_callback_addresses_blocked", "Addresses that a callback was about to call and that may not be called"
+)
 
 
 class AddressBlocked(OSError):
@@ -28,6 +41,13 @@ class AddressBlocked(OSError):
         super().__init__(errno.EACCES, "address not allowed")
 
 
+class NameServersUnreachable(OSError):
+    """None of the DNS servers that this machine asks could be asked; it says nothing of the name."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EHOSTUNREACH, "no DNS server can be reached")
+
+
 def socket_factory(*, private_allowed: bool) -> SocketFactoryType:
     """A factory for `aiohttp.TCPConnector` that makes sockets for public addresses, for all of IP if `private_allowed`.
 
@@ -38,6 +58,7 @@ def socket_factory(*, private_allowed: bool) -> SocketFactoryType:
     def make_socket(addr_info: AddrInfoType) -> socket.socket:
         family, kind, protocol, _, sockaddr = addr_info
         if not _allowed(str(sockaddr[0]), private_allowed=private_allowed):
+            BLOCKED.inc()
             raise AddressBlocked
         return socket.socket(family, kind, protocol)
 
@@ -51,27 +72,29 @@ def _allowed(address: str, *, private_allowed: bool) -> bool:
         return False
 
 
-class ThreadsResolver(AbstractResolver):
-    """The system's resolver in threads of its own, so that names that do not answer delay neither each other nor anything else.
-
-    aiohttp's resolver shares the event loop's: min(32, cores + 4) threads with asyncio, and with uvloop two of libuv's.
+class Resolver(AsyncResolver):
+    """DNS by c-ares, and the names of this machine's hosts file. A zone that does not answer delays nobody but those who ask
+    for it, and those for some seconds.
     """
 
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_LOOKUPS_MAX, thread_name_prefix="callback-dns")
+    def __init__(
+        self,
+        nameservers: Sequence[str] | None = None,
+        *,
+        timeout_seconds: float = DNS_TIMEOUT_SECONDS,
+        tries: int = DNS_TRIES,
+    ) -> None:
+        """`nameservers`: address and port of each, instead of the system's."""
+        super().__init__(nameservers=nameservers, timeout=timeout_seconds, tries=tries, flags=_FLAGS)
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        """The addresses of a name. Raises: OSError, or UnicodeError for what cannot be a name."""
-        infos = await asyncio.get_running_loop().run_in_executor(
-            self._threads, socket.getaddrinfo, host, port, family, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG
-        )
-        return [
-            ResolveResult(hostname=host, host=str(sockaddr[0]), port=port, family=found, proto=protocol, flags=0)
-            for found, _, protocol, _, sockaddr in infos
-        ]
-
-    async def close(self) -> None:
-        """Forget the lookups that wait; those under way end in their threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """The addresses of a name. Raises: `NameServersUnreachable`, OSError when there are none, or nobody says."""
+        try:
+            return await super().resolve(host, port, family)
+        except OSError as error:
+            cause = error.__cause__
+            if isinstance(cause, aiodns.error.DNSError) and cause.args[0] in _NOT_ASKED:
+                raise NameServersUnreachable from error
+            raise

@@ -18,8 +18,8 @@ what was there, and the feed would wait for the server to catch up.
 
 from alembic import op
 
-revision = "0009"
-down_revision = "0008"
+revision = "0010"
+down_revision = "0009"
 branch_labels = None
 depends_on = None
 
