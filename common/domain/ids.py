@@ -9,6 +9,7 @@ from uuid_utils.compat import uuid7
 _ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
 _VALUE: Final = {letter: value for value, letter in enumerate(_ALPHABET)}
 _LENGTH: Final = 26
+_PAIRS: Final = tuple(first + second for first in _ALPHABET for second in _ALPHABET)
 
 PAYOUT: Final = "po"
 PAYIN: Final = "pi"
@@ -23,8 +24,8 @@ def new_id() -> UUID:
 def render_id(prefix: str, value: UUID) -> str:
     """The public form of an id: prefix, underscore, 26 characters that sort as the id does."""
     number = value.int
-    letters = [_ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5)]
-    return f"{prefix}_{''.join(letters)}"
+    pairs = [_PAIRS[(number >> shift) & 1023] for shift in range(120, -1, -10)]
+    return f"{prefix}_{''.join(pairs)}"
 
 
 def parse_id(prefix: str, text: str) -> UUID | None:

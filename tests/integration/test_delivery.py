@@ -143,7 +143,7 @@ async def staging(
             private_allowed=private_allowed, https_only=https_only, ports=frozenset(), resolver=resolver
         ) as session,
     ):
-        config = replace(working.settings, **overrides)
+        config = replace(working.settings, scan_interval_seconds=0.0, **overrides)
         deliverer = Deliverer(working.worker, config.keyring, session, config)
         yield Stage(working, await working.merchant(), receiver, deliverer)
 
@@ -483,7 +483,7 @@ async def test_a_secret_that_does_not_open_sends_nothing_and_gives_nothing_up(da
 async def test_four_deliverers_send_every_callback_once_per_attempt(database_url: str) -> None:
     async with staging(database_url) as stage, open_session(private_allowed=True, ports=frozenset()) as session:
         events = await stage.tell(300)
-        config = replace(stage.desk.settings, callback_concurrency=16)
+        config = replace(stage.desk.settings, scan_interval_seconds=0.0, callback_concurrency=16)
         deliverers = [Deliverer(stage.desk.worker, config.keyring, session, config) for _ in range(4)]
         wanted = {render_id(EVENT, event_id) for event_id in events}
         assert len(wanted) == 300

@@ -119,6 +119,7 @@ class Deliverer:
         self._flights: dict[asyncio.Task[None], _Flight] = {}
         self._landed = asyncio.Event()
         self._leaving = False
+        self._looked_at = -math.inf
         # One claim at a time, so that each knows how much room there is.
         self._claiming = asyncio.Lock()
         self._records: Batcher[Ended, None] = Batcher(self._record, batch_max=_RECORD_BATCH_MAX)
@@ -127,15 +128,11 @@ class Deliverer:
         """Look for callbacks that can leave now and start sending them. Returns whether to look again at once."""
         if self._leaving:
             return False
-        lapsed, fresh = await in_transaction(self._engine, self._look)
-        for callback in lapsed:
-            _tell_of_lapsed(callback)
-        if fresh:
-            await self._claim(partial(claim_told_of, event_ids=fresh))
+        fresh = await self._take_fresh()
         if not await self._await_room():
             return False
         claimed = await self._claim(claim_in_turn)
-        return bool(fresh or claimed)
+        return fresh or bool(claimed)
 
     async def claim_messages(self, messages: Sequence[WorkMessage]) -> bool:
         """Claim what messages tell of and start sending it; False when it was given up, since we leave.
@@ -149,6 +146,18 @@ class Deliverer:
                 return False
             await self._claim(partial(claim_told_of, event_ids=ids[first : first + _CLAIM_MAX]))
         return True
+
+    async def _take_fresh(self) -> bool:
+        """Take what no lane knows of yet, once in an interval of the scan; whether there was any."""
+        if monotonic() - self._looked_at < self._settings.scan_interval_seconds:
+            return False
+        self._looked_at = monotonic()
+        lapsed, fresh = await in_transaction(self._engine, self._look)
+        for callback in lapsed:
+            _tell_of_lapsed(callback)
+        if fresh:
+            await self._claim(partial(claim_told_of, event_ids=fresh))
+        return bool(fresh)
 
     def leave(self) -> None:
         """Claim nothing more from now on."""

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from typing import Final, cast
 from weakref import WeakSet
@@ -154,11 +154,7 @@ class _Connector(aiohttp.TCPConnector):
     def allows(self, url: str, *, shop_http: bool, shop_ports: frozenset[int] | None) -> bool:
         """Whether a callback may be sent to the URL today; it may be older than the settings and the shop's exceptions."""
         ports = self._ports if shop_ports is None else shop_ports
-        https_only = self._https_only and not shop_http
-        return (
-            parse_callback_url(url, private_allowed=self._private_allowed, https_only=https_only, ports=ports)
-            is not None
-        )
+        return _allowed(url, self._private_allowed, self._https_only and not shop_http, ports)
 
     def _make_socket(self, addr_info: aiohttp.AddrInfoType) -> socket.socket:
         """The guard's socket; here DNS is over, and what follows is the connecting."""
@@ -187,6 +183,11 @@ class _Connector(aiohttp.TCPConnector):
         wire.connected_at = self._clock()
         wire.address = _peer_of(connection)
         return connection
+
+
+@lru_cache(maxsize=4096)
+def _allowed(url: str, private_allowed: bool, https_only: bool, ports: frozenset[int]) -> bool:
+    return parse_callback_url(url, private_allowed=private_allowed, https_only=https_only, ports=ports) is not None
 
 
 def _peer_of(connection: Connection) -> str | None:
