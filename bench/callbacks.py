@@ -26,7 +26,9 @@ from ops.state import CHECKOUT
 
 MERCHANTS: Final = 500
 GOAL: Final = 0.35
-_POLL_SECONDS: Final = 0.02
+# Asking costs what is measured: seldom while it goes on, often at its end.
+_POLL_SECONDS: Final = 0.2
+_POLL_AT_END_SECONDS: Final = 0.02
 _DEADLINE_SECONDS: Final = 120.0
 
 
@@ -127,7 +129,7 @@ async def _until_recorded(on: Scene, callbacks: int) -> float:
     while (totals := await on.ask_receiver("totals"))["received"] < callbacks and time.time() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(_POLL_SECONDS)
     while await _anything_due(on) and time.time() < deadline:  # noqa: ASYNC110 - other processes work
-        await asyncio.sleep(_POLL_SECONDS)
+        await asyncio.sleep(_POLL_AT_END_SECONDS)
     return callbacks / (time.time() - float(totals["first"]))
 
 
