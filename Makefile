@@ -3,7 +3,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test torment plants check lint types fmt reset venv
+.PHONY: help run demo test torment bench plants check lint types fmt reset venv
 
 help: ## Show this.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile | expand -t 16
@@ -19,6 +19,9 @@ test: venv ## Run the tests; ARGS="-k word" chooses some.
 
 torment: venv ## 10,000 payouts through a bank in its worst mood while processes are killed; ARGS="--payouts 300".
 	@$(PYTHON) -m ops.torment $(ARGS)
+
+bench: venv ## Measure callbacks beside what is possible here; ARGS="callbacks", isolation or soak; ARGS=--help.
+	@$(PYTHON) -m bench $(ARGS)
 
 plants: venv ## Plant the faults that would cost money, one by one; each must turn a test red.
 	@$(PYTHON) -m tests.plants $(ARGS)

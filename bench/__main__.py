@@ -1,0 +1,98 @@
+"""`python -m bench [SCENARIO …]`: how fast, how fair and how steady callbacks are, each figure beside its baseline.
+
+Everything runs on this machine in a folder of its own, which is removed afterwards.
+"""
+
+import asyncio
+import json
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bench import callbacks, isolation, soak
+from bench.scene import Scene, describe_machine, scene
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How much of it."""
+
+    callbacks: int
+    turns: int
+    waiting: int
+    seconds: float
+    rate: int
+    minutes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """How something is measured, and how it is told."""
+
+    measure: Callable[[Scene, Options, Progress], Awaitable[dict[str, Any]]]
+    render: Callable[[dict[str, Any]], Sequence[Table]]
+
+
+SCENARIOS: Final = {
+    "callbacks": Scenario(
+        lambda on, o, progress: callbacks.measure(on, callbacks=o.callbacks, turns=o.turns, progress=progress),
+        callbacks.render,
+    ),
+    "isolation": Scenario(
+        lambda on, o, progress: isolation.measure(
+            on, waiting=o.waiting, seconds=o.seconds, rate=o.rate, progress=progress
+        ),
+        isolation.render,
+    ),
+    "soak": Scenario(
+        lambda on, o, progress: soak.measure(on, minutes=o.minutes, rate=o.rate, progress=progress),
+        soak.render,
+    ),
+}
+_USUAL: Final = ("callbacks", "isolation")
+
+
+async def run(scenario: Scenario, options: Options, console: Console) -> dict[str, Any]:
+    """Measure one thing, on a scene of its own."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    folder = Path(tempfile.mkdtemp(prefix="payouts-bench-"))
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            async with scene(folder) as on:
+                return await scenario.measure(on, options, progress)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@click.command()
+@click.argument("scenarios", nargs=-1, type=click.Choice(list(SCENARIOS)))
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Where the results go, as JSON.")
+@click.option("--callbacks", default=20_000, show_default=True, help="callbacks: how many wait at the start.")
+@click.option("--turns", default=3, show_default=True, help="callbacks: how often, of which the median counts.")
+@click.option("--waiting", default=300_000, show_default=True, help="isolation: how many wait for the dead merchant.")
+@click.option("--seconds", default=60.0, show_default=True, help="isolation: how long the healthy are told of payouts.")
+@click.option("--rate", default=100, show_default=True, help="isolation, soak: how many payouts a second.")
+@click.option("--minutes", default=10.0, show_default=True, help="soak: how long.")
+def main(scenarios: Sequence[str], file: Path | None, **how_much: Any) -> None:
+    """Measure these scenarios, or all but the soak."""
+    console = Console()
+    options = Options(**how_much)
+    results: dict[str, Any] = {"machine": describe_machine()}
+    for name in scenarios or _USUAL:
+        scenario = SCENARIOS[name]
+        results[name] = asyncio.run(run(scenario, options, console))
+        console.print(*scenario.render(results[name]), sep="\n")
+        if file is not None:
+            file.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
