@@ -206,9 +206,9 @@ _LIST_CALLBACKS = text(
       LEFT JOIN callback_due d ON d.event_id = c.event_id AND d.shop_id = c.shop_id
       LEFT JOIN LATERAL (SELECT count(*)::int AS n FROM callback_attempts a
                           WHERE a.event_id = c.event_id AND a.shop_id = c.shop_id
-                            AND a.started_at >= c.created_at) made ON true
+                            AND a.started_at >= c.created_at - interval '1 day') made ON true
       LEFT JOIN LATERAL (SELECT a.http_status, a.error FROM callback_attempts a
-                          WHERE a.event_id = c.event_id AND a.shop_id = c.shop_id AND a.started_at >= c.created_at
+                          WHERE a.event_id = c.event_id AND a.shop_id = c.shop_id AND a.started_at >= c.created_at - interval '1 day'
                           ORDER BY a.attempt_no DESC LIMIT 1) latest ON true
      WHERE (CAST(:payout_id AS uuid) IS NULL OR c.payout_id = :payout_id)
        AND (CAST(:state AS text) IS NULL OR c.state = :state)
@@ -218,6 +218,7 @@ _LIST_CALLBACKS = text(
 
 _FIND_TARGET = text("SELECT c.shop_id, c.url FROM callbacks c WHERE c.event_id = :event_id")
 
+# Attempts are looked for where they can be, a day of wrong clocks included, so that partitions are left out.
 # What waits is sent out of turn, and waits for its own turn again should that fail. What has ended begins anew.
 _RESEND_CALLBACK = text(
     f"""
@@ -232,7 +233,7 @@ _RESEND_CALLBACK = text(
     INSERT INTO callback_due (event_id, shop_id, lane_id, attempts_made)
     SELECT again.event_id, again.shop_id, callback_lane_id(f.shop_id, f.origin),
            (SELECT coalesce(max(a.attempt_no), 0) FROM callback_attempts a
-             WHERE a.event_id = again.event_id AND a.shop_id = again.shop_id AND a.started_at >= again.created_at)
+             WHERE a.event_id = again.event_id AND a.shop_id = again.shop_id AND a.started_at >= again.created_at - interval '1 day')
       FROM again JOIN fresh f ON f.event_id = again.event_id
         ON CONFLICT (event_id, shop_id) DO UPDATE
        SET due_at = now(), in_lane = false, lost_leases = 0,

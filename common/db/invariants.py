@@ -463,7 +463,7 @@ RULES: Final = (
         SELECT c.event_id FROM callbacks c
          WHERE {CALLBACKS.within} AND c.state = 'delivered' AND c.finished_at > now() - interval '29 days' AND NOT EXISTS (
            SELECT 1 FROM callback_attempts t WHERE t.event_id = c.event_id AND t.shop_id = c.shop_id
-              AND t.started_at >= c.created_at
+              AND t.started_at >= c.created_at - interval '1 day'
               AND t.http_status BETWEEN 200 AND 299)
         """,
     ),

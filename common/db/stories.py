@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -214,7 +215,7 @@ async def _find_deliveries(tx: Tx, payout: StoredRow, event_ids: Sequence[UUID])
     query = (
         select(callback_attempts)
         .where(callback_attempts.c.event_id.in_(event_ids), callback_attempts.c.shop_id == payout.shop_id)
-        .where(callback_attempts.c.started_at >= payout.created_at)
+        .where(callback_attempts.c.started_at >= payout.created_at - timedelta(days=1))
         .order_by(callback_attempts.c.started_at)
     )
     return (await tx.execute(query)).all()

@@ -84,6 +84,11 @@ async def log(working: Desk, merchant: Merchant, event_id: UUID, *attempts: dict
         "response_excerpt": b"",
         "address": "10.1.2.3",
         "late": False,
+        "dns_ms": None,
+        "connect_ms": None,
+        "first_byte_ms": None,
+        "reused": False,
+        "retry_after_seconds": None,
     }
     rows = [
         CallbackAttempt(event_id=event_id, shop_id=merchant.shop.id, **{"attempt_no": number, **fields, **attempt})
