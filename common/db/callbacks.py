@@ -208,7 +208,8 @@ _LIST_CALLBACKS = text(
                           WHERE a.event_id = c.event_id AND a.shop_id = c.shop_id
                             AND a.started_at >= c.created_at - interval '1 day') made ON true
       LEFT JOIN LATERAL (SELECT a.http_status, a.error FROM callback_attempts a
-                          WHERE a.event_id = c.event_id AND a.shop_id = c.shop_id AND a.started_at >= c.created_at - interval '1 day'
+                          WHERE a.event_id = c.event_id AND a.shop_id = c.shop_id
+                            AND a.started_at >= c.created_at - interval '1 day'
                           ORDER BY a.attempt_no DESC LIMIT 1) latest ON true
      WHERE (CAST(:payout_id AS uuid) IS NULL OR c.payout_id = :payout_id)
        AND (CAST(:state AS text) IS NULL OR c.state = :state)
@@ -233,7 +234,8 @@ _RESEND_CALLBACK = text(
     INSERT INTO callback_due (event_id, shop_id, lane_id, attempts_made)
     SELECT again.event_id, again.shop_id, callback_lane_id(f.shop_id, f.origin),
            (SELECT coalesce(max(a.attempt_no), 0) FROM callback_attempts a
-             WHERE a.event_id = again.event_id AND a.shop_id = again.shop_id AND a.started_at >= again.created_at - interval '1 day')
+             WHERE a.event_id = again.event_id AND a.shop_id = again.shop_id
+               AND a.started_at >= again.created_at - interval '1 day')
       FROM again JOIN fresh f ON f.event_id = again.event_id
         ON CONFLICT (event_id, shop_id) DO UPDATE
        SET due_at = now(), in_lane = false, lost_leases = 0,
