@@ -1,4 +1,4 @@
-"""Group commit: what arrives while one flush is under way is the next batch. No timer: alone, an item goes at once."""
+"""Group commit: what arrives while one flush is under way is the next batch. Alone, an item goes at once, or lingers."""
 
 import asyncio
 from collections import deque
@@ -33,12 +33,13 @@ class Batcher(Generic[_Item, _Result]):
     """Gathers items of concurrent callers into batches and gives each caller the result of its own item.
 
     `flush` gets at most `batch_max` items and returns one result per item, in their order. A caller that goes away takes
-    nothing back.
+    nothing back. `linger_seconds`: how long a batch that is not full waits for more, where nobody waits for the answer.
     """
 
-    def __init__(self, flush: Flush[_Item, _Result], *, batch_max: int) -> None:
+    def __init__(self, flush: Flush[_Item, _Result], *, batch_max: int, linger_seconds: float = 0.0) -> None:
         self._flush = flush
         self._batch_max = batch_max
+        self._linger_seconds = linger_seconds
         self._waiting: deque[tuple[_Item, asyncio.Future[_Result]]] = deque()
         self._task: asyncio.Task[None] | None = None
 
@@ -53,6 +54,8 @@ class Batcher(Generic[_Item, _Result]):
     async def _run(self) -> None:
         try:
             while self._waiting:
+                if self._linger_seconds and len(self._waiting) < self._batch_max:
+                    await asyncio.sleep(self._linger_seconds)
                 batch = [self._waiting.popleft() for _ in range(min(self._batch_max, len(self._waiting)))]
                 results = await flush_by_halves(self._flush, [item for item, _ in batch])
                 for (_, future), result in zip(batch, results, strict=True):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import bindparam, text
@@ -39,6 +39,7 @@ class Replay:
 _MATCHING = """
       FROM callbacks c JOIN shops s ON s.id = c.shop_id JOIN merchants m ON m.id = s.merchant_id
      WHERE c.state = CAST(:state AS text)
+       AND (CAST(:first_id AS uuid) IS NULL OR c.event_id >= :first_id)
        AND (CAST(:merchant AS text) IS NULL OR m.code = :merchant)
        AND (CAST(:shop AS text) IS NULL OR s.code = :shop)
        AND (CAST(:origin AS text) IS NULL OR c.url = :origin OR starts_with(c.url, CAST(:origin AS text) || '/')
@@ -80,9 +81,21 @@ _SAVE = text(
 )
 
 
+# How much earlier than its callback an event's id may have been made.
+_ID_AGE_MILLISECONDS: Final = 3_600_000
+
+
+def _values(chosen: Chosen) -> dict[str, Any]:
+    """What the statements are asked with. Ids begin with the time: there is no use in looking at those from before `since`."""
+    if chosen.since is None:
+        return {**asdict(chosen), "first_id": None}
+    milliseconds = max(0, int(chosen.since.timestamp() * 1000) - _ID_AGE_MILLISECONDS)
+    return {**asdict(chosen), "first_id": UUID(int=milliseconds << 80)}
+
+
 async def count_chosen(tx: Tx, chosen: Chosen) -> int:
     """How many callbacks a replay would send again now."""
-    return int(await tx.scalar(_COUNT, asdict(chosen)) or 0)
+    return int(await tx.scalar(_COUNT, _values(chosen)) or 0)
 
 
 async def begin_replay(tx: Tx, replay_id: UUID, chosen: Chosen, *, per_second: int, actor: str, reason: str) -> None:
@@ -104,7 +117,7 @@ async def replay_page(tx: Tx, replay_id: UUID, *, rows_max: int) -> Replay | Non
     if replay is None or replay.finished:
         return None if replay is None else Replay(replay.id, replay.per_second, replay.sent, replay.passed_over, True)
     chosen = _parse(replay.filter)
-    page = list(await tx.scalars(_PAGE, {**asdict(chosen), "behind": replay.behind, "rows_max": rows_max}))
+    page = list(await tx.scalars(_PAGE, {**_values(chosen), "behind": replay.behind, "rows_max": rows_max}))
     sent = sum([await resend_callback(tx, event_id) for event_id in page])
     values = {
         "id": replay_id,

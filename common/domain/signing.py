@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import re
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Final
 
 V1_PREFIX: Final = "v1="
@@ -64,6 +65,7 @@ def sign_webhook(secrets: list[str], webhook_id: str, timestamp: int, body: byte
     )
 
 
+@lru_cache(maxsize=1024)
 def _webhook_key(secret: str) -> bytes:
     return base64.b64decode(secret.removeprefix(WEBHOOK_SECRET_PREFIX), validate=True)
 

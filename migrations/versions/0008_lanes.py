@@ -85,8 +85,6 @@ TABLES = [
     "CREATE INDEX callback_due_fresh ON callback_due (due_at) WHERE lease_token IS NULL AND NOT in_lane",
     "CREATE INDEX callback_due_by_lane ON callback_due (lane_id, due_at) WHERE lease_token IS NULL AND in_lane",
     "CREATE INDEX callback_due_leased ON callback_due (due_at) WHERE lease_token IS NOT NULL",
-    # Callbacks by how they ended, for those who send many again.
-    "CREATE INDEX callbacks_unheard ON callbacks (event_id) WHERE state IN ('exhausted', 'rejected')",
     """
     CREATE TABLE callback_replays (
       id uuid PRIMARY KEY,

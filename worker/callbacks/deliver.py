@@ -55,6 +55,11 @@ from worker.scanning import OVERDUE_SECONDS
 
 _CLAIM_MAX: Final = 128
 _RECORD_BATCH_MAX: Final = 128
+# Nobody waits for the record of an attempt, but its slot: together they cost little.
+_RECORD_LINGER_SECONDS: Final = 0.01
+# What no lane knows of yet is taken in larger pieces, and less often while there is plenty to send.
+_FRESH_MAX: Final = 1024
+_FRESH_INTERVAL_SECONDS: Final = 0.1
 # An attempt that failed by our fault says nothing of the receiver: the same step again, when we may have recovered.
 _OURS_AGAIN_SECONDS: Final = 30.0
 # Longer than other transactions: an attempt that is not recorded is made again.
@@ -122,7 +127,9 @@ class Deliverer:
         self._looked_at = -math.inf
         # One claim at a time, so that each knows how much room there is.
         self._claiming = asyncio.Lock()
-        self._records: Batcher[Ended, None] = Batcher(self._record, batch_max=_RECORD_BATCH_MAX)
+        self._records: Batcher[Ended, None] = Batcher(
+            self._record, batch_max=_RECORD_BATCH_MAX, linger_seconds=_RECORD_LINGER_SECONDS
+        )
 
     async def run_round(self) -> bool:
         """Look for callbacks that can leave now and start sending them. Returns whether to look again at once."""
@@ -131,8 +138,10 @@ class Deliverer:
         fresh = await self._take_fresh()
         if not await self._await_room():
             return False
-        claimed = await self._claim(claim_in_turn)
-        return fresh or bool(claimed)
+        if await self._claim(claim_in_turn) or fresh:
+            return True
+        # What is in flight may make room in a lane that is full.
+        return bool(self._flights) and await self._await_landing()
 
     async def claim_messages(self, messages: Sequence[WorkMessage]) -> bool:
         """Claim what messages tell of and start sending it; False when it was given up, since we leave.
@@ -148,8 +157,10 @@ class Deliverer:
         return True
 
     async def _take_fresh(self) -> bool:
-        """Take what no lane knows of yet, once in an interval of the scan; whether there was any."""
-        if monotonic() - self._looked_at < self._settings.scan_interval_seconds:
+        """Take what no lane knows of yet, every now and then; whether there was any."""
+        busy = len(self._flights) > self._settings.callback_lane_concurrency / 2
+        interval_seconds = _FRESH_INTERVAL_SECONDS if busy else self._settings.scan_interval_seconds
+        if monotonic() - self._looked_at < interval_seconds:
             return False
         self._looked_at = monotonic()
         lapsed, fresh = await in_transaction(self._engine, self._look)
@@ -175,11 +186,16 @@ class Deliverer:
         while not self._leaving and (room := self._room_total()) < worth_it:
             if room > 0 and monotonic() > patient_until:
                 break
-            self._landed.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_ROOM_WAIT_SECONDS):
-                    await self._landed.wait()
+            await self._await_landing()
         return not self._leaving
+
+    async def _await_landing(self) -> bool:
+        """Wait a moment for something in flight to end; whether it has."""
+        self._landed.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_ROOM_WAIT_SECONDS):
+                await self._landed.wait()
+        return self._landed.is_set()
 
     def _room_total(self) -> int:
         return self._settings.callback_concurrency - len(self._flights)
@@ -228,7 +244,7 @@ class Deliverer:
     async def _look(self, tx: Tx) -> tuple[list[Lapsed], list[UUID]]:
         """What workers that are gone had taken, given back; and what no lane knows of yet."""
         overdue_seconds = OVERDUE_SECONDS if self._messages_arrive() else 0.0
-        return await release_lapsed(tx), await find_fresh(tx, overdue_seconds=overdue_seconds, rows_max=_CLAIM_MAX)
+        return await release_lapsed(tx), await find_fresh(tx, overdue_seconds=overdue_seconds, rows_max=_FRESH_MAX)
 
     def _open(self, sealed: Sequence[SealedWebhookSecret]) -> list[str]:
         """A shop's secrets, newest first; none when they do not open, which is our fault and not the merchant's."""
