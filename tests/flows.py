@@ -16,7 +16,7 @@ from common.db.checks import begin_checks, check_step
 from common.db.due import Claim
 from common.db.engine import Engine, Tx, create_engine, in_transaction
 from common.db.invariants import verify
-from common.db.lanes import ClaimedCallback, Lease, Room, claim_in_turn, claim_told_of, find_fresh, release_lapsed
+from common.db.lanes import FIRST_LANE, ClaimedCallback, Lease, Room, claim_in_turn, release_lapsed, wake_lanes
 from common.db.payins import append_payin
 from common.errors import PayoutsError
 from common.settings import Settings
@@ -242,14 +242,10 @@ async def assert_sound(owner: Engine) -> None:
 
 
 async def take_callbacks(tx: Tx, token: UUID, claim_max: int = 100) -> list[ClaimedCallback]:
-    """What a worker with room for so many claims, in all its ways: what lapsed, what no lane knows of, what waits in lanes."""
+    """What a worker with room for so many claims after a look at everything."""
     await release_lapsed(tx)
-    fresh = await find_fresh(tx, overdue_seconds=0.0, rows_max=claim_max)
-    lease = Lease(token, 60.0)
-    taken = await claim_told_of(tx, lease, _room(claim_max), fresh) if fresh else []
-    if len(taken) < claim_max:
-        taken += await claim_in_turn(tx, lease, _room(claim_max - len(taken)))
-    return taken
+    await wake_lanes(tx, behind=FIRST_LANE, overdue_seconds=0.0, lanes_max=10_000)
+    return await claim_in_turn(tx, Lease(token, 60.0), _room(claim_max))
 
 
 def _room(total: int) -> Room:

@@ -25,13 +25,22 @@ _AGES = text(
       UNION ALL
       SELECT next.rail, next.shop_id FROM lanes CROSS JOIN LATERAL (
         SELECT d.rail, d.shop_id FROM payout_due d WHERE (d.rail, d.shop_id) > (lanes.rail, lanes.shop_id)
-         ORDER BY d.rail, d.shop_id LIMIT 1) next)
+         ORDER BY d.rail, d.shop_id LIMIT 1) next),
+    fresh AS (
+      (SELECT lane_id, due_at FROM callback_due WHERE lease_token IS NULL AND NOT in_lane ORDER BY lane_id, due_at LIMIT 1)
+      UNION ALL
+      SELECT next.lane_id, next.due_at FROM fresh CROSS JOIN LATERAL (
+        SELECT d.lane_id, d.due_at FROM callback_due d
+         WHERE d.lease_token IS NULL AND NOT d.in_lane AND d.lane_id > fresh.lane_id
+         ORDER BY d.lane_id, d.due_at LIMIT 1) next)
     SELECT coalesce(greatest(extract(epoch FROM now() - (
              SELECT min(oldest.due_at) FROM lanes CROSS JOIN LATERAL (
                SELECT d.due_at FROM payout_due d WHERE d.rail = lanes.rail AND d.shop_id = lanes.shop_id
                 ORDER BY d.due_at LIMIT 1) oldest)), 0), 0)::float8 AS payout_seconds,
            coalesce(greatest(extract(epoch FROM now() - least(
-             (SELECT due_at FROM callback_due WHERE lease_token IS NULL AND NOT in_lane ORDER BY due_at LIMIT 1),
+             (SELECT min(fresh.due_at) FROM fresh
+               CROSS JOIN LATERAL (SELECT * FROM callback_lanes WHERE id = fresh.lane_id LIMIT 1) l
+               WHERE l.held_at IS NULL AND l.in_flight < l.cap AND l.blocked_until <= now()),
              (SELECT due_at FROM callback_due WHERE lease_token IS NOT NULL ORDER BY due_at LIMIT 1),
              (SELECT ready_at FROM callback_lanes ORDER BY ready_at LIMIT 1))), 0), 0)::float8 AS callback_seconds
     """

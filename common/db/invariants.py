@@ -444,13 +444,13 @@ RULES: Final = (
     Rule(
         "lane_comes_to_its_turn",
         LANES,
-        "A lane that has room comes to its turn when its next callback is due.",
+        "A lane that has room comes to its turn when its next callback is due, once it knows of it.",
         f"""
         SELECT l.id FROM callback_lanes l
          CROSS JOIN LATERAL (
-           SELECT d.due_at FROM callback_due d WHERE d.lane_id = l.id AND d.lease_token IS NULL AND d.in_lane
+           SELECT d.due_at, d.in_lane FROM callback_due d WHERE d.lane_id = l.id AND d.lease_token IS NULL
             ORDER BY d.due_at LIMIT 1) next
-         WHERE {LANES.within} AND l.held_at IS NULL AND l.in_flight < l.cap
+         WHERE {LANES.within} AND next.in_lane AND l.held_at IS NULL AND l.in_flight < l.cap
            AND l.ready_at > greatest(next.due_at, l.blocked_until, now()) + interval '5 s'
         """,
     ),

@@ -12,19 +12,17 @@ from common.db.lanes import Turn, lock_shares, save_turns
 from common.db.tables import callback_lanes, merchants, shops
 from common.domain.lane import CAP_UNKNOWN
 
-FIRST_LANE: Final = UUID(int=0)
-
 # Everything that a lane says of itself against what its callbacks say: leases, and when its next one is due.
 _PAGE = text(
     """
     SELECT l.id, coalesce(leases.n, 0) - l.in_flight AS missing,
-           l.held_at IS NULL AND l.in_flight < l.cap
+           next.in_lane AND l.held_at IS NULL AND l.in_flight < l.cap
              AND l.ready_at > greatest(next.due_at, l.blocked_until, now()) + interval '5 s' AS late
       FROM (SELECT * FROM callback_lanes WHERE id > CAST(:behind AS uuid) ORDER BY id LIMIT CAST(:lanes_max AS int)) l
       LEFT JOIN (SELECT d.lane_id, count(*) AS n FROM callback_due d WHERE d.lease_token IS NOT NULL
                   GROUP BY d.lane_id) leases ON leases.lane_id = l.id
       LEFT JOIN LATERAL (
-        SELECT d.due_at FROM callback_due d WHERE d.lane_id = l.id AND d.lease_token IS NULL AND d.in_lane
+        SELECT d.due_at, d.in_lane FROM callback_due d WHERE d.lane_id = l.id AND d.lease_token IS NULL
          ORDER BY d.due_at LIMIT 1) next ON true
      ORDER BY l.id
     """
@@ -138,7 +136,7 @@ WAITING_COUNTED_MAX: Final = 10_000
 _RESTS_UNTIL: Final = text("CASE WHEN blocked_until > now() THEN blocked_until END AS rests_until")
 _WAITING: Final = text(
     "(SELECT count(*) FROM (SELECT 1 FROM callback_due d WHERE d.lane_id = callback_lanes.id AND d.lease_token IS NULL"
-    f" AND d.in_lane LIMIT {WAITING_COUNTED_MAX}) w) AS waiting"
+    f" LIMIT {WAITING_COUNTED_MAX}) w) AS waiting"
 )
 
 

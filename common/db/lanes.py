@@ -2,13 +2,13 @@
 
 A merchant's share is the lock of all its lanes: whoever takes callbacks, gives them back or ends them holds it, so that
 `in_flight` is always the number of leases, and no two claims fill the same room. Whoever only appends a callback locks
-nothing: its row is fresh (`in_lane` false) until a claim has seen it.
+nothing: its row is fresh (`in_lane` false) until it is claimed, and somebody has to wake its lane.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 from sqlalchemy import text
@@ -16,6 +16,7 @@ from sqlalchemy import text
 from common.db.engine import Tx, arrays_of
 from common.domain.lane import CAP_UNKNOWN, MERCHANT_UNPROVEN_MAX, SLOW_MILLISECONDS, Pace
 
+FIRST_LANE: Final = UUID(int=0)
 # Lanes that one claim looks at, and leases that one round gives back.
 LANES_MAX: Final = 64
 _LAPSED_MAX: Final = 256
@@ -67,12 +68,30 @@ _LOCK_READY = text(
     """
 )
 
-_FIND_FRESH = text(
+# A probe for each lane, however many wait in it: a flood for one that is full keeps nobody from being found. Lanes that have no
+# room know enough: whoever makes room looks for the next callback, fresh or not.
+_FIND_SLEEPING = text(
     """
-    SELECT d.event_id FROM callback_due d
-     WHERE d.lease_token IS NULL AND NOT d.in_lane
-       AND d.due_at <= now() - make_interval(secs => CAST(:overdue_seconds AS float8))
-     ORDER BY d.due_at LIMIT CAST(:rows_max AS int)
+    WITH RECURSIVE fresh AS (
+      (SELECT d.lane_id, d.due_at FROM callback_due d
+        WHERE d.lease_token IS NULL AND NOT d.in_lane AND d.lane_id > CAST(:behind AS uuid)
+        ORDER BY d.lane_id, d.due_at LIMIT 1)
+      UNION ALL
+      SELECT next.lane_id, next.due_at FROM fresh CROSS JOIN LATERAL (
+        SELECT d.lane_id, d.due_at FROM callback_due d
+         WHERE d.lease_token IS NULL AND NOT d.in_lane AND d.lane_id > fresh.lane_id
+         ORDER BY d.lane_id, d.due_at LIMIT 1) next)
+    SELECT f.lane_id, f.due_at <= now() - make_interval(secs => CAST(:overdue_seconds AS float8)) AND l.held_at IS NULL
+           AND l.in_flight < l.cap AND l.ready_at > greatest(now(), l.blocked_until) AS sleeping
+      FROM (SELECT * FROM fresh LIMIT CAST(:lanes_max AS int)) f
+     CROSS JOIN LATERAL (SELECT * FROM callback_lanes WHERE id = f.lane_id LIMIT 1) l
+    """
+)
+
+_FIND_LANES = text(
+    """
+    SELECT DISTINCT d.lane_id FROM unnest(CAST(:ids AS uuid[])) AS w (id)
+     CROSS JOIN LATERAL (SELECT lane_id FROM callback_due WHERE event_id = w.id LIMIT 1) d
     """
 )
 
@@ -97,8 +116,13 @@ _LOCK_SHARES_OF_LANES = text(
     """
 )
 
-# How much a lane may be given now: its own room, and how much is left to its merchant.
-_LANES = """
+# How much each lane may be given now: its own room, and what is left to its merchant. What is due in it, found by a
+# lateral probe with a limit, so that on a table that nobody has analysed it still goes by index. Of that one of each lane, then a second
+# of each, while there is room: the lane's own, its merchant's, and the worker's for what is slow and for what failed before.
+_CLAIM = text(
+    """
+    WITH places AS (
+      SELECT unnest(CAST(:lane_ids AS uuid[])) AS lane_id),
     busy AS (
       SELECT * FROM unnest(CAST(:busy_lanes AS uuid[]), CAST(:busy_counts AS int[])) AS b (lane_id, calls)),
     lanes AS (
@@ -110,44 +134,19 @@ _LANES = """
         LEFT JOIN busy ON busy.lane_id = l.id
        CROSS JOIN LATERAL (
          SELECT CAST(:unproven_max AS int) + sum(greatest(a.cap - CAST(:cap_unknown AS int), 0)) - sum(a.in_flight) AS room
-           FROM callback_lanes a WHERE a.merchant_id = l.merchant_id) merchant),"""
-
-# What is due in the lanes of this turn; or what somebody told us of, whether its lane knows of it or not. Each as a lateral
-# probe with a limit, so that on a table that nobody has analysed it still goes by index.
-_IN_TURN = f"""
-    WITH places AS (
-      SELECT unnest(CAST(:lane_ids AS uuid[])) AS lane_id),
-    {_LANES}
-    waiting AS (
-      SELECT lanes.id AS lane_id, d.event_id, d.shop_id, d.step, d.due_at FROM lanes
-       CROSS JOIN LATERAL (
-         SELECT d.event_id, d.shop_id, d.step, d.due_at FROM callback_due d
-          WHERE d.lane_id = lanes.id AND d.lease_token IS NULL AND d.in_lane AND d.due_at <= now()
-          ORDER BY d.due_at LIMIT lanes.room FOR UPDATE SKIP LOCKED) d),"""
-_TOLD_OF = f"""
-    WITH waiting AS (
-      SELECT d.lane_id, d.event_id, d.shop_id, d.step, d.due_at
-        FROM (SELECT DISTINCT unnest(CAST(:ids AS uuid[])) AS id ORDER BY 1) w
-       CROSS JOIN LATERAL (
-         SELECT d.event_id, d.shop_id, d.lane_id, d.step, d.due_at FROM callback_due d
-          WHERE d.event_id = w.id AND d.lease_token IS NULL AND d.due_at + interval '0' <= now()
-          LIMIT 1 FOR UPDATE SKIP LOCKED) d),
-    places AS (
-      SELECT DISTINCT lane_id FROM waiting),
-    {_LANES}"""
-
-# One of each lane, then a second of each, and so on, while there is room: the lane's own, its merchant's, and the worker's for
-# what is slow and for what failed before. What does not fit and is fresh enters its lane.
-_CLAIM = """
+           FROM callback_lanes a WHERE a.merchant_id = l.merchant_id) merchant),
     ranked AS (
-      SELECT w.*, l.merchant_id, l.slow, l.room, l.merchant_room,
-             row_number() OVER (PARTITION BY w.lane_id ORDER BY w.due_at, w.event_id) AS place
-        FROM waiting w JOIN lanes l ON l.id = w.lane_id),
+      SELECT lanes.id AS lane_id, lanes.merchant_id, lanes.slow, lanes.merchant_room, d.event_id, d.shop_id, d.step,
+             row_number() OVER (PARTITION BY lanes.id ORDER BY d.due_at, d.event_id) AS place
+        FROM lanes CROSS JOIN LATERAL (
+         SELECT d.event_id, d.shop_id, d.step, d.due_at FROM callback_due d
+          WHERE d.lane_id = lanes.id AND d.lease_token IS NULL AND d.due_at <= now()
+          ORDER BY d.due_at LIMIT lanes.room FOR UPDATE SKIP LOCKED) d),
     counted AS (
       SELECT r.*, row_number() OVER (PARTITION BY merchant_id ORDER BY place, lane_id) AS merchant_place,
              count(*) FILTER (WHERE slow) OVER turns AS slow_place,
              count(*) FILTER (WHERE step > 0) OVER turns AS retry_place
-        FROM ranked r WHERE place <= room
+        FROM ranked r
       WINDOW turns AS (ORDER BY place, lane_id ROWS UNBOUNDED PRECEDING)),
     taken AS (
       SELECT * FROM counted
@@ -157,14 +156,10 @@ _CLAIM = """
        ORDER BY place, lane_id LIMIT CAST(:total_room AS int)),
     leased AS (
       UPDATE callback_due d
-         SET lease_token = CAST(:token AS uuid), attempts_made = d.attempts_made + 1,
+         SET lease_token = CAST(:token AS uuid), attempts_made = d.attempts_made + 1, in_lane = true,
              due_at = now() + make_interval(secs => CAST(:lease_seconds AS float8))
         FROM taken WHERE d.event_id = taken.event_id AND d.shop_id = taken.shop_id
-      RETURNING d.event_id, d.shop_id, d.lane_id, d.step, d.attempts_made, d.resume_at, taken.slow),
-    entered AS (
-      UPDATE callback_due d SET in_lane = true
-        FROM waiting w WHERE d.event_id = w.event_id AND d.shop_id = w.shop_id AND NOT d.in_lane
-         AND NOT EXISTS (SELECT 1 FROM taken t WHERE t.event_id = w.event_id))
+      RETURNING d.event_id, d.shop_id, d.lane_id, d.step, d.attempts_made, d.resume_at, taken.slow)
     SELECT places.lane_id AS place, r.event_id, r.shop_id, r.step, r.attempts_made AS attempt_no, r.slow, r.resume_at,
            c.url, e.body, s.callback_http, s.callback_ports
       FROM places LEFT JOIN leased r ON r.lane_id = places.lane_id
@@ -173,7 +168,7 @@ _CLAIM = """
       LEFT JOIN LATERAL (SELECT e.body FROM events e WHERE e.id = r.event_id AND e.shop_id = r.shop_id LIMIT 1) e ON true
       LEFT JOIN LATERAL (SELECT s.callback_http, s.callback_ports FROM shops s WHERE s.id = r.shop_id LIMIT 1) s ON true
     """
-_CLAIM_IN_TURN, _CLAIM_TOLD_OF = text(_IN_TURN + _CLAIM), text(_TOLD_OF + _CLAIM)
+)
 
 # Whatever has changed in a lane, this says when its turn comes: when its next callback is due and it may be called. While it is
 # full nobody needs to look; who ends a lease comes by here again. `later_seconds`: how far behind the other lanes.
@@ -182,7 +177,7 @@ _SAVE_LANES = text(
     UPDATE callback_lanes l
        SET in_flight = l.in_flight + v.in_flight,
            ready_at = CASE WHEN l.held_at IS NOT NULL OR l.in_flight + v.in_flight >= l.cap THEN 'infinity' ELSE greatest(
-             coalesce((SELECT d.due_at FROM callback_due d WHERE d.lane_id = l.id AND d.lease_token IS NULL AND d.in_lane
+             coalesce((SELECT d.due_at FROM callback_due d WHERE d.lane_id = l.id AND d.lease_token IS NULL
                         ORDER BY d.due_at LIMIT 1), 'infinity'),
              l.blocked_until, now() + make_interval(secs => v.later_seconds)) END
       FROM unnest(CAST(:lane_id AS uuid[]), CAST(:in_flight AS int[]), CAST(:later_seconds AS float8[]))
@@ -263,7 +258,7 @@ class Lease:
     seconds: float
 
 
-async def claim_in_turn(tx: Tx, lease: Lease, room: Room, *, lanes_max: int = LANES_MAX) -> list[ClaimedCallback]:
+async def claim_in_turn(tx: Tx, lease: Lease, room: Room) -> list[ClaimedCallback]:
     """Take what is due in the lanes whose turn has come. Lanes of merchants whom somebody else holds are skipped.
 
     Two statements, never one: the second sees all that was committed before the first had its locks.
@@ -272,38 +267,47 @@ async def claim_in_turn(tx: Tx, lease: Lease, room: Room, *, lanes_max: int = LA
     ready = await tx.scalars(
         _LOCK_READY, {"slow_room": room.slow, "slow_ms": SLOW_MILLISECONDS, "lanes_max": LANES_MAX}
     )
-    lane_ids = list(ready)
-    if not lane_ids:
-        return []
-    return await _claim(tx, _CLAIM_IN_TURN, lease, room, {"lane_ids": lane_ids})
+    return await _claim(tx, lease, room, list(ready))
 
 
 async def claim_told_of(tx: Tx, lease: Lease, room: Room, event_ids: Sequence[UUID]) -> list[ClaimedCallback]:
-    """Take those of these callbacks that are due and nobody has; those that do not fit wait in their lanes from now on.
+    """Take what is due in the lanes of these callbacks, the longest due first; what does not fit waits there for its turn.
 
-    Locks: the shares of their merchants, by id.
+    Locks: the shares of the lanes' merchants, by id.
     """
-    await tx.execute(_LOCK_SHARES_OF_EVENTS, {"ids": list(event_ids)})
-    return await _claim(tx, _CLAIM_TOLD_OF, lease, room, {"ids": list(event_ids)})
+    lane_ids = list(await tx.scalars(_FIND_LANES, {"ids": list(event_ids)}))
+    await lock_shares(tx, lane_ids)
+    return await _claim(tx, lease, room, lane_ids)
 
 
-async def find_fresh(tx: Tx, *, overdue_seconds: float, rows_max: int) -> list[UUID]:
-    """Callbacks that no lane knows of yet, due for so long, the oldest first."""
-    return list(await tx.scalars(_FIND_FRESH, {"overdue_seconds": overdue_seconds, "rows_max": rows_max}))
+async def wake_lanes(tx: Tx, *, behind: UUID, overdue_seconds: float, lanes_max: int) -> tuple[UUID | None, int]:
+    """See that lanes come to their turn in which callbacks are due, for so long, that nobody has told of.
+
+    Looks at so many lanes that have fresh callbacks, behind one. Returns: the last one looked at (None: there are no more), and
+    how many were woken.
+    Locks: the shares of those, by id.
+    """
+    values = {"behind": behind, "overdue_seconds": overdue_seconds, "lanes_max": lanes_max}
+    rows = (await tx.execute(_FIND_SLEEPING, values)).all()
+    sleeping = [row.lane_id for row in rows if row.sleeping]
+    if sleeping:
+        await lock_shares(tx, sleeping)
+        await save_turns(tx, [Turn(lane_id, 0) for lane_id in sleeping])
+    return (max(row.lane_id for row in rows) if len(rows) == lanes_max else None), len(sleeping)
 
 
 # How far behind the others a lane goes whose callbacks did not fit.
 _NOTHING_FITTED_SECONDS: Final = 0.2
 
 
-async def _claim(
-    tx: Tx, statement: Any, lease: Lease, room: Room, which: dict[str, list[UUID]]
-) -> list[ClaimedCallback]:
+async def _claim(tx: Tx, lease: Lease, room: Room, lane_ids: list[UUID]) -> list[ClaimedCallback]:
+    if not lane_ids:
+        return []
     rows = (
         await tx.execute(
-            statement,
+            _CLAIM,
             {
-                **which,
+                "lane_ids": lane_ids,
                 "token": lease.token,
                 "lease_seconds": lease.seconds,
                 "busy_lanes": list(room.busy),

@@ -81,9 +81,9 @@ TABLES = [
     """,
     "ALTER TABLE callback_due ALTER COLUMN lane_id SET NOT NULL",
     "DROP INDEX callback_due_by_time",
-    # A row is in exactly one of these: its lane does not know of it yet, it waits in its lane, or somebody has it.
-    "CREATE INDEX callback_due_fresh ON callback_due (due_at) WHERE lease_token IS NULL AND NOT in_lane",
-    "CREATE INDEX callback_due_by_lane ON callback_due (lane_id, due_at) WHERE lease_token IS NULL AND in_lane",
+    # It waits in its lane, or somebody has it; what was never claimed is found whether its lane knows of it or not.
+    "CREATE INDEX callback_due_by_lane ON callback_due (lane_id, due_at) WHERE lease_token IS NULL",
+    "CREATE INDEX callback_due_fresh ON callback_due (lane_id, due_at) WHERE lease_token IS NULL AND NOT in_lane",
     "CREATE INDEX callback_due_leased ON callback_due (due_at) WHERE lease_token IS NOT NULL",
     """
     CREATE TABLE callback_replays (

@@ -35,7 +35,7 @@ from common.db.due import (
 from common.db.engine import Engine, Tx
 from common.db.feed import FEED_BEGIN, Place, read_feed
 from common.db.invariants import ACCOUNTS, RULES, WALKS, Walk
-from common.db.lanes import Lease, Room, claim_in_turn, claim_told_of, find_fresh, release_lapsed
+from common.db.lanes import FIRST_LANE, Lease, Room, claim_in_turn, claim_told_of, release_lapsed, wake_lanes
 from common.db.ledger import find_balance
 from common.db.payins import append_payin, claim_questions, find_payin, lock_payins
 from common.db.payouts import find_by_external_ids, find_moves, find_payout, lock_payouts
@@ -119,7 +119,8 @@ _FILL = f"""
       INSERT INTO callback_shares (merchant_id) SELECT id FROM merchants),
     lanes AS (
       INSERT INTO callback_lanes (id, shop_id, merchant_id, origin, cap, latency_ms, ready_at)
-      SELECT callback_lane_id(s.id, 'http://' || n), s.id, s.merchant_id, 'http://' || n, 256, 5, now()
+      SELECT callback_lane_id(s.id, 'http://' || n), s.id, s.merchant_id, 'http://' || n, 256, 5,
+             CASE n % 2 WHEN 0 THEN now() ELSE 'infinity' END
         FROM shops s CROSS JOIN generate_series(0, {LANES - 1}) n),
     again AS (
       INSERT INTO callback_due (event_id, shop_id, lane_id, in_lane, due_at)
@@ -248,7 +249,8 @@ HOT: dict[str, tuple[str, Work]] = {
         WORKER,
         lambda crowd: lambda tx: finish_attempts(tx, [FinishedAttempt(*key, 1, "unknown", None) for key in crowd.keys]),
     ),
-    "find_fresh": (WORKER, lambda _crowd: lambda tx: find_fresh(tx, overdue_seconds=0.0, rows_max=BATCH)),
+    "wake_lanes": (
+        WORKER, lambda _crowd: lambda tx: wake_lanes(tx, behind=FIRST_LANE, overdue_seconds=0.0, lanes_max=BATCH)),
     "claim_in_turn": (WORKER, lambda _crowd: lambda tx: claim_in_turn(tx, Lease(uuid4(), 60.0), ROOM)),
     "release_lapsed": (WORKER, lambda _crowd: release_lapsed),
     "find_webhook_secrets": (
@@ -287,7 +289,7 @@ INDEXES: dict[str, set[str]] = {
     "claim_due_ids": {"payout_due_pkey"},
     "claim_told_of": {"callback_due_by_lane", "callback_due_pkey"},
     "claim_in_turn": {"callback_due_by_lane", "callback_due_pkey"},
-    "find_fresh": {"callback_due_fresh"},
+    "wake_lanes": {"callback_due_by_lane", "callback_due_fresh"},
     "release_lapsed": {"callback_due_leased"},
     "find_expired": {"payout_due_by_expiry"},
 }

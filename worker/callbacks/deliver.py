@@ -28,17 +28,18 @@ from common.db.callbacks import (
 )
 from common.db.engine import Engine, Tx, in_transaction
 from common.db.lanes import (
+    FIRST_LANE,
     ClaimedCallback,
     Lapsed,
     Lease,
     Room,
     claim_in_turn,
     claim_told_of,
-    find_fresh,
     find_paces,
     lock_shares,
     release_lapsed,
     save_lanes,
+    wake_lanes,
 )
 from common.db.webhook_secrets import SealedWebhookSecret, find_webhook_secrets
 from common.domain.ids import EVENT, render_id
@@ -57,9 +58,8 @@ _CLAIM_MAX: Final = 128
 _RECORD_BATCH_MAX: Final = 128
 # Nobody waits for the record of an attempt, but its slot: together they cost little.
 _RECORD_LINGER_SECONDS: Final = 0.01
-# What no lane knows of yet is taken in larger pieces, and less often while there is plenty to send.
-_FRESH_MAX: Final = 1024
-_FRESH_INTERVAL_SECONDS: Final = 0.1
+# Lanes with callbacks that nobody has told of, in one look; the next look goes on behind them.
+_LANES_LOOKED_AT: Final = 256
 # An attempt that failed by our fault says nothing of the receiver: the same step again, when we may have recovered.
 _OURS_AGAIN_SECONDS: Final = 30.0
 # Longer than other transactions: an attempt that is not recorded is made again.
@@ -102,9 +102,10 @@ class _Flight:
 
 
 class Deliverer:
-    """Sends callbacks until told to stop: those it is told of, those no lane knows of yet, those whose lane's turn has come.
+    """Sends callbacks until told to stop: those it is told of, and those whose lane's turn has come.
 
-    `messages_arrive` says whether somebody tells it; then fresh callbacks are left alone until they are overdue.
+    It wakes lanes in which callbacks are due that nobody has told of; where somebody tells (`messages_arrive`), when they are
+    overdue.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Deliverer:
         self._landed = asyncio.Event()
         self._leaving = False
         self._looked_at = -math.inf
+        self._behind = FIRST_LANE
         # One claim at a time, so that each knows how much room there is.
         self._claiming = asyncio.Lock()
         self._records: Batcher[Ended, None] = Batcher(
@@ -135,10 +137,10 @@ class Deliverer:
         """Look for callbacks that can leave now and start sending them. Returns whether to look again at once."""
         if self._leaving:
             return False
-        fresh = await self._take_fresh()
+        await self._look()
         if not await self._await_room():
             return False
-        if await self._claim(claim_in_turn) or fresh:
+        if await self._claim(claim_in_turn):
             return True
         # What is in flight may make room in a lane that is full.
         return bool(self._flights) and await self._await_landing()
@@ -156,19 +158,24 @@ class Deliverer:
             await self._claim(partial(claim_told_of, event_ids=ids[first : first + _CLAIM_MAX]))
         return True
 
-    async def _take_fresh(self) -> bool:
-        """Take what no lane knows of yet, every now and then; whether there was any."""
-        busy = len(self._flights) > self._settings.callback_lane_concurrency / 2
-        interval_seconds = _FRESH_INTERVAL_SECONDS if busy else self._settings.scan_interval_seconds
-        if monotonic() - self._looked_at < interval_seconds:
-            return False
+    async def _look(self) -> None:
+        """Once in an interval of the scan: give back what workers that are gone had taken, and wake lanes."""
+        if monotonic() - self._looked_at < self._settings.scan_interval_seconds:
+            return
         self._looked_at = monotonic()
-        lapsed, fresh = await in_transaction(self._engine, self._look)
+        overdue_seconds = OVERDUE_SECONDS if self._messages_arrive() else 0.0
+
+        async def work(tx: Tx) -> tuple[list[Lapsed], UUID | None]:
+            lapsed = await release_lapsed(tx)
+            behind, _ = await wake_lanes(
+                tx, behind=self._behind, overdue_seconds=overdue_seconds, lanes_max=_LANES_LOOKED_AT
+            )
+            return lapsed, behind
+
+        lapsed, behind = await in_transaction(self._engine, work)
+        self._behind = behind or FIRST_LANE
         for callback in lapsed:
             _tell_of_lapsed(callback)
-        if fresh:
-            await self._claim(partial(claim_told_of, event_ids=fresh))
-        return bool(fresh)
 
     def leave(self) -> None:
         """Claim nothing more from now on."""
@@ -240,11 +247,6 @@ class Deliverer:
     def _land(self, task: "asyncio.Task[None]") -> None:
         del self._flights[task]
         self._landed.set()
-
-    async def _look(self, tx: Tx) -> tuple[list[Lapsed], list[UUID]]:
-        """What workers that are gone had taken, given back; and what no lane knows of yet."""
-        overdue_seconds = OVERDUE_SECONDS if self._messages_arrive() else 0.0
-        return await release_lapsed(tx), await find_fresh(tx, overdue_seconds=overdue_seconds, rows_max=_FRESH_MAX)
 
     def _open(self, sealed: Sequence[SealedWebhookSecret]) -> list[str]:
         """A shop's secrets, newest first; none when they do not open, which is our fault and not the merchant's."""

@@ -5,7 +5,8 @@ from typing import Final
 from prometheus_client import Counter, Gauge
 
 from common.db.engine import Engine, in_transaction
-from common.db.lane_upkeep import FIRST_LANE, count_lanes, hold_failing, mend_lanes
+from common.db.lane_upkeep import count_lanes, hold_failing, mend_lanes
+from common.db.lanes import FIRST_LANE
 from common.log import LogEvent, get_logger
 
 INTERVAL_SECONDS: Final = 5.0
