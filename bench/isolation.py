@@ -56,19 +56,22 @@ class Watch:
 
 
 # A lease is due in the future; what waits for its first attempt is due in the past, so hardly a row too many is read.
-_IN_FLIGHT: Final = text(
+_SAMPLE: Final = text(
     """
-    SELECT count(*) FROM callback_due
-     WHERE due_at > now() AND due_at <= now() + make_interval(secs => CAST(:lease_seconds AS float8))
-       AND shop_id = :shop_id AND lease_token IS NOT NULL
+    SELECT l.cap,
+           (SELECT count(*) FROM callback_due d
+             WHERE d.due_at > now() AND d.due_at <= now() + make_interval(secs => CAST(:lease_seconds AS float8))
+               AND d.lane_id = l.id AND d.lease_token IS NOT NULL) AS in_flight
+      FROM callback_lanes l WHERE l.shop_id = :shop_id
     """
 )
 
 
 async def find_sample(tx: Tx, on: Scene, shop_id: UUID) -> Sample:
-    """A look at the dead merchant. His cap is that of the process: nothing narrower is known to the database."""
-    in_flight = await tx.scalar(_IN_FLIGHT, {"shop_id": shop_id, "lease_seconds": on.settings.callback_lease_seconds})
-    return Sample(time.time(), int(in_flight), on.settings.callback_concurrency)
+    """A look at the only lane of the dead merchant's shop: the leases themselves, not what the lane says of them."""
+    rows = await tx.execute(_SAMPLE, {"shop_id": shop_id, "lease_seconds": on.settings.callback_lease_seconds})
+    row = rows.one()
+    return Sample(time.time(), row.in_flight, row.cap)
 
 
 async def measure(on: Scene, *, waiting: int, seconds: float, rate: int, progress: Progress) -> dict[str, Any]:
