@@ -41,11 +41,12 @@ class Sample:
 
 @dataclass(slots=True)
 class Phase:
-    """A stretch of steady telling: what was told, when, and how late it came. `missing`: told of and never come."""
+    """A stretch of steady telling. `missing`: told of and never come. `by_second`: the longest lag of what was told in each."""
 
     lag: Spread
     missing: int
     rate: float
+    by_second: list[float]
 
 
 @dataclass(slots=True)
@@ -148,7 +149,7 @@ async def _run_phase(on: Scene, payout_ids: Sequence[UUID], rate: int, name: str
     took = time.time() - started
     arrivals = await _arrivals_of(on, event_ids)
     now = time.time()
-    rows = await in_transaction(
+    found = await in_transaction(
         on.ops,
         lambda tx: tx.execute(
             text(
@@ -158,9 +159,15 @@ async def _run_phase(on: Scene, payout_ids: Sequence[UUID], rate: int, name: str
             {"ids": event_ids},
         ),
     )
+    rows = found.all()
     lags = [min(arrivals.get(render_id(EVENT, row.id), [now])) - row.told_at for row in rows]
     missing = sum(render_id(EVENT, event_id) not in arrivals for event_id in event_ids)
-    return Phase(spread_of(lags), missing, round(len(event_ids) / took, 1))
+    by_second: dict[int, float] = {}
+    for row, lag in zip(rows, lags, strict=True):
+        second = int(row.told_at - started)
+        by_second[second] = max(lag, by_second.get(second, 0.0))
+    longest = [round(by_second[second], 3) for second in sorted(by_second)]
+    return Phase(spread_of(lags), missing, round(len(event_ids) / took, 1), longest)
 
 
 async def _arrivals_of(on: Scene, event_ids: Sequence[UUID]) -> dict[str, list[float]]:
