@@ -41,11 +41,12 @@ class Sample:
 
 @dataclass(slots=True)
 class Phase:
-    """A stretch of steady telling: what was told, when, and how late it came. `missing`: told of and never come."""
+    """A stretch of steady telling. `missing`: told of and never come. `by_second`: the longest lag of what was told in each."""
 
     lag: Spread
     missing: int
     rate: float
+    by_second: list[float]
 
 
 @dataclass(slots=True)
@@ -56,19 +57,22 @@ class Watch:
 
 
 # A lease is due in the future; what waits for its first attempt is due in the past, so hardly a row too many is read.
-_IN_FLIGHT: Final = text(
+_SAMPLE: Final = text(
     """
-    SELECT count(*) FROM callback_due
-     WHERE due_at > now() AND due_at <= now() + make_interval(secs => CAST(:lease_seconds AS float8))
-       AND shop_id = :shop_id AND lease_token IS NOT NULL
+    SELECT l.cap,
+           (SELECT count(*) FROM callback_due d
+             WHERE d.due_at > now() AND d.due_at <= now() + make_interval(secs => CAST(:lease_seconds AS float8))
+               AND d.lane_id = l.id AND d.lease_token IS NOT NULL) AS in_flight
+      FROM callback_lanes l WHERE l.shop_id = :shop_id
     """
 )
 
 
 async def find_sample(tx: Tx, on: Scene, shop_id: UUID) -> Sample:
-    """A look at the dead merchant. His cap is that of the process: nothing narrower is known to the database."""
-    in_flight = await tx.scalar(_IN_FLIGHT, {"shop_id": shop_id, "lease_seconds": on.settings.callback_lease_seconds})
-    return Sample(time.time(), int(in_flight), on.settings.callback_concurrency)
+    """A look at the only lane of the dead merchant's shop: the leases themselves, not what the lane says of them."""
+    rows = await tx.execute(_SAMPLE, {"shop_id": shop_id, "lease_seconds": on.settings.callback_lease_seconds})
+    row = rows.one()
+    return Sample(time.time(), row.in_flight, row.cap)
 
 
 async def measure(on: Scene, *, waiting: int, seconds: float, rate: int, progress: Progress) -> dict[str, Any]:
@@ -145,7 +149,7 @@ async def _run_phase(on: Scene, payout_ids: Sequence[UUID], rate: int, name: str
     took = time.time() - started
     arrivals = await _arrivals_of(on, event_ids)
     now = time.time()
-    rows = await in_transaction(
+    found = await in_transaction(
         on.ops,
         lambda tx: tx.execute(
             text(
@@ -155,9 +159,15 @@ async def _run_phase(on: Scene, payout_ids: Sequence[UUID], rate: int, name: str
             {"ids": event_ids},
         ),
     )
+    rows = found.all()
     lags = [min(arrivals.get(render_id(EVENT, row.id), [now])) - row.told_at for row in rows]
     missing = sum(render_id(EVENT, event_id) not in arrivals for event_id in event_ids)
-    return Phase(spread_of(lags), missing, round(len(event_ids) / took, 1))
+    by_second: dict[int, float] = {}
+    for row, lag in zip(rows, lags, strict=True):
+        second = int(row.told_at - started)
+        by_second[second] = max(lag, by_second.get(second, 0.0))
+    longest = [round(by_second[second], 3) for second in sorted(by_second)]
+    return Phase(spread_of(lags), missing, round(len(event_ids) / took, 1), longest)
 
 
 async def _arrivals_of(on: Scene, event_ids: Sequence[UUID]) -> dict[str, list[float]]:

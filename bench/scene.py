@@ -5,6 +5,7 @@ found by the scan.
 """
 
 import os
+import shutil
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -119,6 +120,8 @@ async def scene(folder: Path) -> AsyncIterator[Scene]:
             (folder / name).mkdir()
         cluster = Cluster(choose_home(folder / "postgres"), folder / "logs" / "postgresql.log")
         store = OwnServer(database.NAME, cluster)
+        # It may be elsewhere, where the server's account gets to.
+        running.callback(shutil.rmtree, cluster.home, ignore_errors=True)
         running.push_async_callback(store.stop)
         environment = {
             **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
