@@ -335,7 +335,7 @@ class Settings:
     callback_lane_concurrency: int = _setting(
         "PAYOUTS_CALLBACK_LANE_CONCURRENCY",
         _integer(1, 10_000),
-        "64",
+        "128",
         "of these, to one origin of one shop: what it can hold up when it falls silent",
     )
     callback_retry_share: float = _setting(

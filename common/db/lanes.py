@@ -18,7 +18,7 @@ from common.domain.lane import CAP_UNKNOWN, MERCHANT_UNPROVEN_MAX, SLOW_MILLISEC
 
 FIRST_LANE: Final = UUID(int=0)
 # Lanes that one claim looks at, and leases that one round gives back.
-LANES_MAX: Final = 64
+LANES_MAX: Final = 32
 _LAPSED_MAX: Final = 256
 # How often a worker may be lost over a callback, until it is put aside for people: it may be what kills them.
 LOST_LEASES_MAX: Final = 5
@@ -116,9 +116,9 @@ _LOCK_SHARES_OF_LANES = text(
     """
 )
 
-# How much each lane may be given now: its own room, and what is left to its merchant. What is due in it, found by a
-# lateral probe with a limit, so that on a table that nobody has analysed it still goes by index. Of that one of each lane, then a second
-# of each, while there is room: the lane's own, its merchant's, and the worker's for what is slow and for what failed before.
+# How much each lane may be given now: its own room, and what is left to its merchant. What is due in it, found by a lateral
+# probe with a limit, so that on a table nobody has analysed it still goes by index. Of that one of each lane, then a second of
+# each, while there is room: the lane's own, its merchant's, and the worker's for what is slow and for what failed before.
 _CLAIM = text(
     """
     WITH places AS (
@@ -171,32 +171,38 @@ _CLAIM = text(
 )
 
 # Whatever has changed in a lane, this says when its turn comes: when its next callback is due and it may be called. While it is
-# full nobody needs to look; who ends a lease comes by here again. `later_seconds`: how far behind the other lanes.
-_SAVE_LANES = text(
-    """
+# full nobody needs to look; who ends a lease comes by here again.
+_NEXT_TURN = """
+             coalesce((SELECT d.due_at FROM callback_due d WHERE d.lane_id = l.id AND d.lease_token IS NULL
+                        ORDER BY d.due_at LIMIT 1), 'infinity')"""
+
+# `later_seconds`: how far behind the other lanes.
+_SAVE_TURNS = text(
+    f"""
     UPDATE callback_lanes l
        SET in_flight = l.in_flight + v.in_flight,
            ready_at = CASE WHEN l.held_at IS NOT NULL OR l.in_flight + v.in_flight >= l.cap THEN 'infinity' ELSE greatest(
-             coalesce((SELECT d.due_at FROM callback_due d WHERE d.lane_id = l.id AND d.lease_token IS NULL
-                        ORDER BY d.due_at LIMIT 1), 'infinity'),
-             l.blocked_until, now() + make_interval(secs => v.later_seconds)) END
+             {_NEXT_TURN}, l.blocked_until, now() + make_interval(secs => v.later_seconds)) END
       FROM unnest(CAST(:lane_id AS uuid[]), CAST(:in_flight AS int[]), CAST(:later_seconds AS float8[]))
         AS v (lane_id, in_flight, later_seconds)
      WHERE l.id = v.lane_id
     """
 )
 
-_SAVE_PACES = text(
-    """
+_SAVE_LEARNED = text(
+    f"""
     UPDATE callback_lanes l
        SET cap = v.cap, streak = v.streak, trouble = v.trouble, latency_ms = v.latency_ms, opened = v.opened,
-           blocked_until = CASE WHEN v.rest_seconds > 0
-             THEN greatest(l.blocked_until, now() + make_interval(secs => v.rest_seconds)) ELSE l.blocked_until END,
-           failing_since = CASE WHEN v.failing THEN coalesce(l.failing_since, now()) END
-      FROM unnest(CAST(:lane_id AS uuid[]), CAST(:cap AS int[]), CAST(:streak AS int[]), CAST(:trouble AS float8[]),
-                  CAST(:latency_ms AS int[]), CAST(:opened AS int[]), CAST(:failing AS boolean[]),
-                  CAST(:rest_seconds AS float8[]))
-        AS v (lane_id, cap, streak, trouble, latency_ms, opened, failing, rest_seconds)
+           in_flight = l.in_flight - v.ended, blocked_until = greatest(l.blocked_until, v.rests_until),
+           failing_since = CASE WHEN v.failing THEN coalesce(l.failing_since, now()) END,
+           ready_at = CASE WHEN l.held_at IS NOT NULL OR l.in_flight - v.ended >= v.cap THEN 'infinity' ELSE greatest(
+             {_NEXT_TURN}, l.blocked_until, v.rests_until, now()) END
+      FROM (
+        SELECT u.*, CASE WHEN u.rest_seconds > 0 THEN now() + make_interval(secs => u.rest_seconds) END AS rests_until
+          FROM unnest(CAST(:lane_id AS uuid[]), CAST(:cap AS int[]), CAST(:streak AS int[]), CAST(:trouble AS float8[]),
+                      CAST(:latency_ms AS int[]), CAST(:opened AS int[]), CAST(:failing AS boolean[]),
+                      CAST(:rest_seconds AS float8[]), CAST(:ended AS int[]))
+            AS u (lane_id, cap, streak, trouble, latency_ms, opened, failing, rest_seconds, ended)) v
      WHERE l.id = v.lane_id
     """
 )
@@ -239,7 +245,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class _LanePace:
+class _Learned:
     lane_id: UUID
     cap: int
     streak: int
@@ -248,6 +254,7 @@ class _LanePace:
     opened: int
     failing: bool
     rest_seconds: float
+    ended: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,19 +375,27 @@ async def save_lanes(tx: Tx, paces: Mapping[UUID, Pace], leases_ended: Mapping[U
     Must come after what became of the callbacks themselves: it looks when the next one is due.
     """
     learned = [
-        _LanePace(
-            lane, pace.cap, pace.streak, pace.trouble, pace.latency_ms, pace.opened, pace.failing, pace.rest_seconds
+        _Learned(
+            lane,
+            pace.cap,
+            pace.streak,
+            pace.trouble,
+            pace.latency_ms,
+            pace.opened,
+            pace.failing,
+            pace.rest_seconds,
+            leases_ended.get(lane, 0),
         )
         for lane, pace in paces.items()
     ]
-    await tx.execute(_SAVE_PACES, arrays_of(learned, _LanePace))
-    await save_turns(tx, [Turn(lane, -leases_ended.get(lane, 0)) for lane in paces])
+    if learned:
+        await tx.execute(_SAVE_LEARNED, arrays_of(learned, _Learned))
 
 
 async def save_turns(tx: Tx, turns: Sequence[Turn]) -> None:
     """Note how many leases lanes have, and when their next turn is. The caller holds their shares."""
     if turns:
-        await tx.execute(_SAVE_LANES, arrays_of(turns, Turn))
+        await tx.execute(_SAVE_TURNS, arrays_of(turns, Turn))
 
 
 @dataclass(frozen=True, slots=True)
