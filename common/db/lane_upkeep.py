@@ -18,14 +18,13 @@ FIRST_LANE: Final = UUID(int=0)
 _PAGE = text(
     """
     SELECT l.id, coalesce(leases.n, 0) - l.in_flight AS missing,
-           l.held_at IS NULL AND l.in_flight < l.cap
-             AND l.ready_at > greatest(next.due_at, l.blocked_until, now()) + interval '5 s' AS late
+           coalesce(l.held_at IS NULL AND l.in_flight < l.cap AND l.ready_at > next.latest + interval '5 s', false) AS late
       FROM (SELECT * FROM callback_lanes WHERE id > CAST(:behind AS uuid) ORDER BY id LIMIT CAST(:lanes_max AS int)) l
       LEFT JOIN (SELECT d.lane_id, count(*) AS n FROM callback_due d WHERE d.lease_token IS NOT NULL
                   GROUP BY d.lane_id) leases ON leases.lane_id = l.id
       LEFT JOIN LATERAL (
-        SELECT d.due_at FROM callback_due d WHERE d.lane_id = l.id AND d.lease_token IS NULL AND d.in_lane
-         ORDER BY d.due_at LIMIT 1) next ON true
+        SELECT greatest(d.due_at, l.blocked_until, now()) AS latest FROM callback_due d
+         WHERE d.lane_id = l.id AND d.lease_token IS NULL AND d.in_lane ORDER BY d.due_at LIMIT 1) next ON true
      ORDER BY l.id
     """
 )
@@ -49,7 +48,8 @@ _FIND_FAILING = text(
 _HOLD = text(
     """
     UPDATE callback_lanes SET held_at = now(), held_reason = :reason, ready_at = 'infinity'
-     WHERE id = ANY (CAST(:lane_ids AS uuid[])) AND held_at IS NULL RETURNING id
+     WHERE id = ANY (CAST(:lane_ids AS uuid[])) AND held_at IS NULL
+       AND (CAST(:seconds AS float8) IS NULL OR failing_since <= now() - make_interval(secs => :seconds)) RETURNING id
     """
 )
 
@@ -109,7 +109,7 @@ async def hold_failing(tx: Tx, *, failing_seconds: float, lanes_max: int) -> lis
         return []
     await lock_shares(tx, lane_ids)
     reason = f"nothing but failures for {failing_seconds / 3600:g} hours"
-    return list(await tx.scalars(_HOLD, {"lane_ids": lane_ids, "reason": reason}))
+    return list(await tx.scalars(_HOLD, {"lane_ids": lane_ids, "reason": reason, "seconds": failing_seconds}))
 
 
 async def hold_lane(tx: Tx, lane_id: UUID, *, reason: str) -> bool:
@@ -118,7 +118,7 @@ async def hold_lane(tx: Tx, lane_id: UUID, *, reason: str) -> bool:
     Locks: its merchant's share.
     """
     await lock_shares(tx, [lane_id])
-    return await tx.scalar(_HOLD, {"lane_ids": [lane_id], "reason": reason}) is not None
+    return await tx.scalar(_HOLD, {"lane_ids": [lane_id], "reason": reason, "seconds": None}) is not None
 
 
 async def release_lane(tx: Tx, lane_id: UUID) -> bool:

@@ -21,6 +21,7 @@ LANES_MAX: Final = 64
 _LAPSED_MAX: Final = 256
 # How often a worker may be lost over a callback, until it is put aside for people: it may be what kills them.
 LOST_LEASES_MAX: Final = 5
+_LOST_APART_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +74,15 @@ _FIND_FRESH = text(
     """
 )
 
-_LOCK_SHARES_OF_EVENTS = text(
-    """
-    WITH wanted AS MATERIALIZED (
-      SELECT DISTINCT l.merchant_id FROM unnest(CAST(:ids AS uuid[])) AS w (id)
-       CROSS JOIN LATERAL (SELECT d.lane_id FROM callback_due d WHERE d.event_id = w.id LIMIT 1) d
-       CROSS JOIN LATERAL (SELECT l.merchant_id FROM callback_lanes l WHERE l.id = d.lane_id LIMIT 1) l)
-    SELECT s.merchant_id FROM callback_shares s WHERE s.merchant_id = ANY (SELECT merchant_id FROM wanted)
+# Which of these callbacks are of merchants whose lanes are ours now.
+_SHARES_OF_EVENTS = """
+    SELECT w.id FROM unnest(CAST(:ids AS uuid[])) AS w (id)
+     CROSS JOIN LATERAL (SELECT d.lane_id FROM callback_due d WHERE d.event_id = w.id LIMIT 1) d
+     CROSS JOIN LATERAL (SELECT l.merchant_id FROM callback_lanes l WHERE l.id = d.lane_id LIMIT 1) l
+      JOIN callback_shares s ON s.merchant_id = l.merchant_id
      ORDER BY s.merchant_id FOR UPDATE OF s
     """
-)
+_LOCK_SHARES_OF_EVENTS, _LOCK_FREE_SHARES_OF_EVENTS = text(_SHARES_OF_EVENTS), text(f"{_SHARES_OF_EVENTS} SKIP LOCKED")
 
 _LOCK_SHARES_OF_LANES = text(
     """
@@ -99,7 +99,8 @@ _LANES = """
     busy AS (
       SELECT * FROM unnest(CAST(:busy_lanes AS uuid[]), CAST(:busy_counts AS int[])) AS b (lane_id, calls)),
     lanes AS (
-      SELECT l.id, l.merchant_id, coalesce(l.latency_ms > CAST(:slow_ms AS int), true) AS slow, merchant.room AS merchant_room,
+      SELECT l.id, l.merchant_id, l.taken_at, merchant.room AS merchant_room,
+             coalesce(l.latency_ms > CAST(:slow_ms AS int), true) AS slow,
              CASE WHEN l.held_at IS NULL AND l.blocked_until <= now() THEN greatest(0, least(
                     l.cap - l.in_flight, CAST(:lane_max AS int) - coalesce(busy.calls, 0), CAST(:total_room AS int))) ELSE 0
              END AS room
@@ -120,7 +121,7 @@ _IN_TURN = f"""
        CROSS JOIN LATERAL (
          SELECT d.event_id, d.shop_id, d.step, d.due_at FROM callback_due d
           WHERE d.lane_id = lanes.id AND d.lease_token IS NULL AND d.in_lane AND d.due_at <= now()
-          ORDER BY d.due_at LIMIT lanes.room FOR UPDATE SKIP LOCKED) d),"""
+          ORDER BY d.due_at LIMIT least(lanes.room, CAST(:each_max AS int)) FOR UPDATE SKIP LOCKED) d),"""
 _TOLD_OF = f"""
     WITH waiting AS (
       SELECT d.lane_id, d.event_id, d.shop_id, d.step, d.due_at
@@ -133,25 +134,30 @@ _TOLD_OF = f"""
       SELECT DISTINCT lane_id FROM waiting),
     {_LANES}"""
 
-# One of each lane, then a second of each, and so on, while there is room: the lane's own, its merchant's, and the worker's for
-# what is slow and for what failed before. What does not fit and is fresh enters its lane.
+# One of each lane, then a second of each, and so on, the lane first from which none was taken for longest, while there is room:
+# the lane's own, its merchant's, and the worker's for what is slow and for what failed before. Each is counted among those that
+# had room so far: what has none takes none away. What does not fit and is fresh enters its lane.
 _CLAIM = """
     ranked AS (
-      SELECT w.*, l.merchant_id, l.slow, l.room, l.merchant_room,
+      SELECT w.*, l.merchant_id, l.slow, l.room, l.merchant_room, l.taken_at,
              row_number() OVER (PARTITION BY w.lane_id ORDER BY w.due_at, w.event_id) AS place
         FROM waiting w JOIN lanes l ON l.id = w.lane_id),
-    counted AS (
-      SELECT r.*, row_number() OVER (PARTITION BY merchant_id ORDER BY place, lane_id) AS merchant_place,
-             count(*) FILTER (WHERE slow) OVER turns AS slow_place,
-             count(*) FILTER (WHERE step > 0) OVER turns AS retry_place
-        FROM ranked r WHERE place <= room
-      WINDOW turns AS (ORDER BY place, lane_id ROWS UNBOUNDED PRECEDING)),
+    of_lanes AS (
+      SELECT r.*, row_number() OVER (PARTITION BY merchant_id ORDER BY place, taken_at, lane_id) AS merchant_place
+        FROM ranked r WHERE place <= room),
+    of_merchants AS (
+      SELECT r.*, count(*) FILTER (WHERE slow) OVER (
+               ORDER BY place, taken_at, lane_id ROWS UNBOUNDED PRECEDING) AS slow_place
+        FROM of_lanes r WHERE merchant_place <= merchant_room),
+    at_pace AS (
+      SELECT r.*, count(*) FILTER (WHERE step > 0) OVER (
+               ORDER BY place, taken_at, lane_id ROWS UNBOUNDED PRECEDING) AS retry_place
+        FROM of_merchants r WHERE NOT slow OR slow_place <= CAST(:slow_room AS int)),
+    fitting AS (
+      SELECT r.*, row_number() OVER (ORDER BY place, taken_at, lane_id) AS turn
+        FROM at_pace r WHERE step = 0 OR retry_place <= CAST(:retry_room AS int)),
     taken AS (
-      SELECT * FROM counted
-       WHERE merchant_place <= merchant_room
-         AND (NOT slow OR slow_place <= CAST(:slow_room AS int))
-         AND (step = 0 OR retry_place <= CAST(:retry_room AS int))
-       ORDER BY place, lane_id LIMIT CAST(:total_room AS int)),
+      SELECT * FROM fitting WHERE turn <= CAST(:total_room AS int)),
     leased AS (
       UPDATE callback_due d
          SET lease_token = CAST(:token AS uuid), attempts_made = d.attempts_made + 1,
@@ -163,7 +169,7 @@ _CLAIM = """
         FROM waiting w WHERE d.event_id = w.event_id AND d.shop_id = w.shop_id AND NOT d.in_lane
          AND NOT EXISTS (SELECT 1 FROM taken t WHERE t.event_id = w.event_id))
     SELECT places.lane_id AS place, r.event_id, r.shop_id, r.step, r.attempts_made AS attempt_no, r.slow, r.resume_at,
-           c.url, e.body
+           c.url, e.body, EXISTS (SELECT 1 FROM fitting f WHERE f.lane_id = places.lane_id) AS fits
       FROM places LEFT JOIN leased r ON r.lane_id = places.lane_id
       LEFT JOIN LATERAL (
         SELECT c.url FROM callbacks c WHERE c.event_id = r.event_id AND c.shop_id = r.shop_id LIMIT 1) c ON true
@@ -172,17 +178,22 @@ _CLAIM = """
 _CLAIM_IN_TURN, _CLAIM_TOLD_OF = text(_IN_TURN + _CLAIM), text(_TOLD_OF + _CLAIM)
 
 # Whatever has changed in a lane, this says when its turn comes: when its next callback is due and it may be called. While it is
-# full nobody needs to look; who ends a lease comes by here again. `later_seconds`: how far behind the other lanes.
+# full nobody needs to look; who ends a lease comes by here again. A lane that counts too few leases is no reason to fail: who
+# keeps lanes puts it right.
 _SAVE_LANES = text(
     """
     UPDATE callback_lanes l
-       SET in_flight = l.in_flight + v.in_flight,
-           ready_at = CASE WHEN l.held_at IS NOT NULL OR l.in_flight + v.in_flight >= l.cap THEN 'infinity' ELSE greatest(
-             coalesce((SELECT d.due_at FROM callback_due d WHERE d.lane_id = l.id AND d.lease_token IS NULL AND d.in_lane
-                        ORDER BY d.due_at LIMIT 1), 'infinity'),
-             l.blocked_until, now() + make_interval(secs => v.later_seconds)) END
-      FROM unnest(CAST(:lane_id AS uuid[]), CAST(:in_flight AS int[]), CAST(:later_seconds AS float8[]))
-        AS v (lane_id, in_flight, later_seconds)
+       SET in_flight = greatest(0, l.in_flight + v.in_flight),
+           taken_at = CASE WHEN v.in_flight > 0 THEN now() ELSE l.taken_at END,
+           ready_at = CASE WHEN l.held_at IS NOT NULL OR l.in_flight + v.in_flight >= l.cap THEN 'infinity' ELSE least(
+             CASE WHEN v.keeps_turn THEN l.ready_at END,
+             greatest(
+               coalesce((SELECT d.due_at FROM callback_due d WHERE d.lane_id = l.id AND d.lease_token IS NULL AND d.in_lane
+                          ORDER BY d.due_at LIMIT 1), 'infinity'),
+               l.blocked_until, now() + make_interval(secs => v.later_seconds))) END
+      FROM unnest(CAST(:lane_id AS uuid[]), CAST(:in_flight AS int[]), CAST(:later_seconds AS float8[]),
+                  CAST(:keeps_turn AS boolean[]))
+        AS v (lane_id, in_flight, later_seconds, keeps_turn)
      WHERE l.id = v.lane_id
     """
 )
@@ -218,13 +229,20 @@ _FIND_LAPSED = text(
     """
 )
 
+# What was lost more than once comes back at times of its own, so that one that kills workers is lost alone in the end.
 _RELEASE_LAPSED = text(
     """
+    WITH lapsed AS (
+      SELECT d.event_id, d.shop_id FROM unnest(CAST(:ids AS uuid[])) AS w (id)
+       CROSS JOIN LATERAL (
+         SELECT d.event_id, d.shop_id FROM callback_due d
+          WHERE d.event_id = w.id AND d.lease_token IS NOT NULL AND d.due_at + interval '0' <= now()
+          LIMIT 1 FOR UPDATE SKIP LOCKED) d)
     UPDATE callback_due d
        SET lease_token = NULL, in_lane = true, lost_leases = d.lost_leases + 1,
-           due_at = CASE WHEN d.lost_leases + 1 >= CAST(:lost_max AS int) THEN 'infinity'::timestamptz ELSE now() END
-      FROM unnest(CAST(:ids AS uuid[])) AS w (id)
-     WHERE d.event_id = w.id AND d.lease_token IS NOT NULL AND d.due_at <= now()
+           due_at = CASE WHEN d.lost_leases + 1 >= CAST(:lost_max AS int) THEN 'infinity'::timestamptz
+             ELSE now() + make_interval(secs => d.lost_leases * random() * CAST(:apart_seconds AS float8)) END
+      FROM lapsed WHERE d.event_id = lapsed.event_id AND d.shop_id = lapsed.shop_id
     RETURNING d.event_id, d.lane_id, d.lost_leases
     """
 )
@@ -232,11 +250,12 @@ _RELEASE_LAPSED = text(
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """By how much a lane's leases change, and how far behind the others its next turn is, in seconds."""
+    """By how much a lane's leases change, how far behind the others its next turn is, in seconds, or that it keeps its turn."""
 
     lane_id: UUID
     in_flight: int
     later_seconds: float = 0.0
+    keeps_turn: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,21 +285,27 @@ async def claim_in_turn(tx: Tx, lease: Lease, room: Room, *, lanes_max: int = LA
     Locks: the shares of the lanes' merchants.
     """
     ready = await tx.scalars(
-        _LOCK_READY, {"slow_room": room.slow, "slow_ms": SLOW_MILLISECONDS, "lanes_max": LANES_MAX}
+        _LOCK_READY, {"slow_room": room.slow, "slow_ms": SLOW_MILLISECONDS, "lanes_max": lanes_max}
     )
     lane_ids = list(ready)
     if not lane_ids:
         return []
-    return await _claim(tx, _CLAIM_IN_TURN, lease, room, {"lane_ids": lane_ids})
+    # Some lanes have less than their part: so twice that, and not all that there is room for of each.
+    each_max = max(2, 2 * room.total // len(lane_ids))
+    return await _claim(tx, _CLAIM_IN_TURN, lease, room, {"lane_ids": lane_ids, "each_max": each_max})
 
 
-async def claim_told_of(tx: Tx, lease: Lease, room: Room, event_ids: Sequence[UUID]) -> list[ClaimedCallback]:
+async def claim_told_of(
+    tx: Tx, lease: Lease, room: Room, event_ids: Sequence[UUID], *, waits: bool = True
+) -> list[ClaimedCallback]:
     """Take those of these callbacks that are due and nobody has; those that do not fit wait in their lanes from now on.
 
+    `waits` False: those of merchants whom somebody else holds are left as they are.
     Locks: the shares of their merchants, by id.
     """
-    await tx.execute(_LOCK_SHARES_OF_EVENTS, {"ids": list(event_ids)})
-    return await _claim(tx, _CLAIM_TOLD_OF, lease, room, {"ids": list(event_ids)})
+    lock = _LOCK_SHARES_OF_EVENTS if waits else _LOCK_FREE_SHARES_OF_EVENTS
+    ours = list(await tx.scalars(lock, {"ids": list(event_ids)}))
+    return await _claim(tx, _CLAIM_TOLD_OF, lease, room, {"ids": ours}) if ours else []
 
 
 async def find_fresh(tx: Tx, *, overdue_seconds: float, rows_max: int) -> list[UUID]:
@@ -292,9 +317,7 @@ async def find_fresh(tx: Tx, *, overdue_seconds: float, rows_max: int) -> list[U
 _NOTHING_FITTED_SECONDS: Final = 0.2
 
 
-async def _claim(
-    tx: Tx, statement: Any, lease: Lease, room: Room, which: dict[str, list[UUID]]
-) -> list[ClaimedCallback]:
+async def _claim(tx: Tx, statement: Any, lease: Lease, room: Room, which: dict[str, Any]) -> list[ClaimedCallback]:
     rows = (
         await tx.execute(
             statement,
@@ -314,7 +337,7 @@ async def _claim(
             },
         )
     ).all()
-    taken = dict.fromkeys((row.place for row in rows), 0)
+    taken, fits = dict.fromkeys((row.place for row in rows), 0), {row.place: row.fits for row in rows}
     claimed = []
     for row in rows:
         if row.event_id is not None:
@@ -332,7 +355,13 @@ async def _claim(
                     row.resume_at,
                 )
             )
-    await save_turns(tx, [Turn(lane, n, 0.0 if n else _NOTHING_FITTED_SECONDS) for lane, n in taken.items()])
+    # A lane for which it was only we that had no more room is somebody else's to serve, at once.
+    keeps = {lane for lane, n in taken.items() if n == 0 and (fits[lane] or room.total == 0)}
+    turns = [
+        Turn(lane, n, 0.0 if n or lane in keeps else _NOTHING_FITTED_SECONDS, lane in keeps)
+        for lane, n in taken.items()
+    ]
+    await save_turns(tx, turns)
     return claimed
 
 
@@ -387,15 +416,16 @@ class Lapsed:
 
 
 async def release_lapsed(tx: Tx) -> list[Lapsed]:
-    """Give back callbacks whose lease ran out: due now, their step as it was.
+    """Give back callbacks whose lease ran out: due now, or soon when it is not the first time, their step as it was.
 
-    Locks: the shares of their merchants, by id.
+    Those that somebody else holds are left for the next time. Locks: the shares of their merchants, by id.
     """
     event_ids = list(await tx.scalars(_FIND_LAPSED, {"rows_max": _LAPSED_MAX}))
     if not event_ids:
         return []
-    await tx.execute(_LOCK_SHARES_OF_EVENTS, {"ids": event_ids})
-    rows = (await tx.execute(_RELEASE_LAPSED, {"ids": event_ids, "lost_max": LOST_LEASES_MAX})).all()
+    ours = list(await tx.scalars(_LOCK_FREE_SHARES_OF_EVENTS, {"ids": event_ids}))
+    values = {"ids": ours, "lost_max": LOST_LEASES_MAX, "apart_seconds": _LOST_APART_SECONDS}
+    rows = (await tx.execute(_RELEASE_LAPSED, values)).all()
     ended: dict[UUID, int] = {}
     for row in rows:
         ended[row.lane_id] = ended.get(row.lane_id, 0) + 1

@@ -132,6 +132,9 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "shop secret rotate",
         "shop secret revoke",
         "callbacks test",
+        "callbacks replay",
+        "lane hold",
+        "lane release",
     }
     assert asks_reason == {
         "balance topup",
@@ -144,6 +147,9 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "rail remove",
         "shop secret rotate",
         "shop secret revoke",
+        "callbacks replay",
+        "lane hold",
+        "lane release",
     }
 
 
