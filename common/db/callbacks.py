@@ -200,7 +200,8 @@ class ListedCallback:
 _LIST_CALLBACKS = text(
     """
     SELECT c.event_id, c.payout_id, c.payin_id, e.type, c.url, c.state, coalesce(made.n, 0) AS attempts,
-           latest.http_status AS last_status, latest.error AS last_error, d.due_at, c.created_at
+           latest.http_status AS last_status, latest.error AS last_error,
+           nullif(d.due_at, 'infinity') AS due_at, c.created_at
       FROM callbacks c
       JOIN events e ON e.id = c.event_id AND e.shop_id = c.shop_id
       LEFT JOIN callback_due d ON d.event_id = c.event_id AND d.shop_id = c.shop_id

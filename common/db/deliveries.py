@@ -53,7 +53,7 @@ _FIND_CALLBACKS, _FIND_PAYIN_CALLBACKS = (
     text(
         f"""
         SELECT c.event_id, e.type, e.sequence, c.url, c.state, c.created_at, c.finished_at,
-               CASE WHEN d.lease_token IS NULL OR d.due_at <= now() THEN d.due_at END AS next_attempt_at,
+               CASE WHEN d.lease_token IS NULL OR d.due_at <= now() THEN nullif(d.due_at, 'infinity') END AS next_attempt_at,
                EXISTS (SELECT 1 FROM callback_attempts a
                         WHERE a.event_id = c.event_id AND a.shop_id = c.shop_id
                           AND a.started_at > now() - interval '1 second') AS called_lately

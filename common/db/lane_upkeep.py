@@ -16,14 +16,14 @@ from common.domain.lane import CAP_UNKNOWN
 _PAGE = text(
     """
     SELECT l.id, coalesce(leases.n, 0) - l.in_flight AS missing,
-           next.in_lane AND l.held_at IS NULL AND l.in_flight < l.cap
-             AND l.ready_at > greatest(next.due_at, l.blocked_until, now()) + interval '5 s' AS late
+           coalesce(next.in_lane AND l.held_at IS NULL AND l.in_flight < l.cap
+             AND l.ready_at > next.latest + interval '5 s', false) AS late
       FROM (SELECT * FROM callback_lanes WHERE id > CAST(:behind AS uuid) ORDER BY id LIMIT CAST(:lanes_max AS int)) l
       LEFT JOIN (SELECT d.lane_id, count(*) AS n FROM callback_due d WHERE d.lease_token IS NOT NULL
                   GROUP BY d.lane_id) leases ON leases.lane_id = l.id
       LEFT JOIN LATERAL (
-        SELECT d.due_at, d.in_lane FROM callback_due d WHERE d.lane_id = l.id AND d.lease_token IS NULL
-         ORDER BY d.due_at LIMIT 1) next ON true
+        SELECT greatest(d.due_at, l.blocked_until, now()) AS latest, d.in_lane FROM callback_due d
+         WHERE d.lane_id = l.id AND d.lease_token IS NULL ORDER BY d.due_at LIMIT 1) next ON true
      ORDER BY l.id
     """
 )
@@ -40,6 +40,7 @@ _FIND_FAILING = text(
     """
     SELECT l.id FROM callback_lanes l
      WHERE l.failing_since <= now() - make_interval(secs => CAST(:seconds AS float8)) AND l.held_at IS NULL
+       AND EXISTS (SELECT 1 FROM callback_due d WHERE d.lane_id = l.id AND d.lease_token IS NULL)
      ORDER BY l.failing_since LIMIT CAST(:lanes_max AS int)
     """
 )
@@ -47,7 +48,8 @@ _FIND_FAILING = text(
 _HOLD = text(
     """
     UPDATE callback_lanes SET held_at = now(), held_reason = :reason, ready_at = 'infinity'
-     WHERE id = ANY (CAST(:lane_ids AS uuid[])) AND held_at IS NULL RETURNING id
+     WHERE id = ANY (CAST(:lane_ids AS uuid[])) AND held_at IS NULL
+       AND (CAST(:seconds AS float8) IS NULL OR failing_since <= now() - make_interval(secs => :seconds)) RETURNING id
     """
 )
 
@@ -98,7 +100,7 @@ async def mend_lanes(tx: Tx, *, behind: UUID, lanes_max: int) -> tuple[UUID | No
 
 
 async def hold_failing(tx: Tx, *, failing_seconds: float, lanes_max: int) -> list[UUID]:
-    """Hold lanes that have done nothing but fail for so long. What waits in them is kept. Returns: those held now.
+    """Hold lanes that have done nothing but fail for so long and in which something waits, which is kept. Returns: those held now.
 
     Locks: the shares of those, by id.
     """
@@ -107,7 +109,7 @@ async def hold_failing(tx: Tx, *, failing_seconds: float, lanes_max: int) -> lis
         return []
     await lock_shares(tx, lane_ids)
     reason = f"nothing but failures for {failing_seconds / 3600:g} hours"
-    return list(await tx.scalars(_HOLD, {"lane_ids": lane_ids, "reason": reason}))
+    return list(await tx.scalars(_HOLD, {"lane_ids": lane_ids, "reason": reason, "seconds": failing_seconds}))
 
 
 async def hold_lane(tx: Tx, lane_id: UUID, *, reason: str) -> bool:
@@ -116,7 +118,7 @@ async def hold_lane(tx: Tx, lane_id: UUID, *, reason: str) -> bool:
     Locks: its merchant's share.
     """
     await lock_shares(tx, [lane_id])
-    return await tx.scalar(_HOLD, {"lane_ids": [lane_id], "reason": reason}) is not None
+    return await tx.scalar(_HOLD, {"lane_ids": [lane_id], "reason": reason, "seconds": None}) is not None
 
 
 async def release_lane(tx: Tx, lane_id: UUID) -> bool:

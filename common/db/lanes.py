@@ -5,6 +5,7 @@ A merchant's share is the lock of all its lanes: whoever takes callbacks, gives 
 nothing: its row is fresh (`in_lane` false) until it is claimed, and somebody has to wake its lane.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,6 +23,7 @@ LANES_MAX: Final = 32
 _LAPSED_MAX: Final = 256
 # How often a worker may be lost over a callback, until it is put aside for people: it may be what kills them.
 LOST_LEASES_MAX: Final = 5
+_LOST_APART_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,30 +97,20 @@ _FIND_LANES = text(
     """
 )
 
-_LOCK_SHARES_OF_EVENTS = text(
-    """
-    WITH wanted AS MATERIALIZED (
-      SELECT DISTINCT l.merchant_id FROM unnest(CAST(:ids AS uuid[])) AS w (id)
-       CROSS JOIN LATERAL (SELECT d.lane_id FROM callback_due d WHERE d.event_id = w.id LIMIT 1) d
-       CROSS JOIN LATERAL (SELECT l.merchant_id FROM callback_lanes l WHERE l.id = d.lane_id LIMIT 1) l)
-    SELECT s.merchant_id FROM callback_shares s WHERE s.merchant_id = ANY (SELECT merchant_id FROM wanted)
+# Which of these lanes are of merchants whose lanes are ours now.
+_SHARES_OF_LANES = """
+    SELECT l.id FROM unnest(CAST(:lane_ids AS uuid[])) AS w (id)
+     CROSS JOIN LATERAL (SELECT id, merchant_id FROM callback_lanes WHERE id = w.id LIMIT 1) l
+      JOIN callback_shares s ON s.merchant_id = l.merchant_id
      ORDER BY s.merchant_id FOR UPDATE OF s
     """
-)
-
-_LOCK_SHARES_OF_LANES = text(
-    """
-    SELECT s.merchant_id FROM callback_shares s
-     WHERE s.merchant_id = ANY (
-       SELECT l.merchant_id FROM unnest(CAST(:lane_ids AS uuid[])) AS w (id)
-         CROSS JOIN LATERAL (SELECT merchant_id FROM callback_lanes WHERE id = w.id LIMIT 1) l)
-     ORDER BY s.merchant_id FOR UPDATE OF s
-    """
-)
+_LOCK_SHARES, _LOCK_FREE_SHARES = text(_SHARES_OF_LANES), text(f"{_SHARES_OF_LANES} SKIP LOCKED")
 
 # How much each lane may be given now: its own room, and what is left to its merchant. What is due in it, found by a lateral
 # probe with a limit, so that on a table nobody has analysed it still goes by index. Of that one of each lane, then a second of
-# each, while there is room: the lane's own, its merchant's, and the worker's for what is slow and for what failed before.
+# each, and so on, first the lane from which none was taken for longest, while there is room: the lane's own, its merchant's,
+# and the worker's for what is slow and for what failed before. Each is counted among those that had room so far: what has none
+# takes none away.
 _CLAIM = text(
     """
     WITH places AS (
@@ -126,7 +118,8 @@ _CLAIM = text(
     busy AS (
       SELECT * FROM unnest(CAST(:busy_lanes AS uuid[]), CAST(:busy_counts AS int[])) AS b (lane_id, calls)),
     lanes AS (
-      SELECT l.id, l.merchant_id, coalesce(l.latency_ms > CAST(:slow_ms AS int), true) AS slow, merchant.room AS merchant_room,
+      SELECT l.id, l.merchant_id, l.taken_at, merchant.room AS merchant_room,
+             coalesce(l.latency_ms > CAST(:slow_ms AS int), true) AS slow,
              CASE WHEN l.held_at IS NULL AND l.blocked_until <= now() THEN greatest(0, least(
                     l.cap - l.in_flight, CAST(:lane_max AS int) - coalesce(busy.calls, 0), CAST(:total_room AS int))) ELSE 0
              END AS room
@@ -136,24 +129,28 @@ _CLAIM = text(
          SELECT CAST(:unproven_max AS int) + sum(greatest(a.cap - CAST(:cap_unknown AS int), 0)) - sum(a.in_flight) AS room
            FROM callback_lanes a WHERE a.merchant_id = l.merchant_id) merchant),
     ranked AS (
-      SELECT lanes.id AS lane_id, lanes.merchant_id, lanes.slow, lanes.merchant_room, d.event_id, d.shop_id, d.step,
-             row_number() OVER (PARTITION BY lanes.id ORDER BY d.due_at, d.event_id) AS place
+      SELECT lanes.id AS lane_id, lanes.merchant_id, lanes.taken_at, lanes.slow, lanes.merchant_room, d.event_id, d.shop_id,
+             d.step, row_number() OVER (PARTITION BY lanes.id ORDER BY d.due_at, d.event_id) AS place
         FROM lanes CROSS JOIN LATERAL (
          SELECT d.event_id, d.shop_id, d.step, d.due_at FROM callback_due d
           WHERE d.lane_id = lanes.id AND d.lease_token IS NULL AND d.due_at <= now()
-          ORDER BY d.due_at LIMIT lanes.room FOR UPDATE SKIP LOCKED) d),
-    counted AS (
-      SELECT r.*, row_number() OVER (PARTITION BY merchant_id ORDER BY place, lane_id) AS merchant_place,
-             count(*) FILTER (WHERE slow) OVER turns AS slow_place,
-             count(*) FILTER (WHERE step > 0) OVER turns AS retry_place
-        FROM ranked r
-      WINDOW turns AS (ORDER BY place, lane_id ROWS UNBOUNDED PRECEDING)),
+          ORDER BY d.due_at LIMIT least(lanes.room, CAST(:each_max AS int)) FOR UPDATE SKIP LOCKED) d),
+    of_lanes AS (
+      SELECT r.*, row_number() OVER (PARTITION BY merchant_id ORDER BY place, taken_at, lane_id) AS merchant_place
+        FROM ranked r),
+    of_merchants AS (
+      SELECT r.*, count(*) FILTER (WHERE slow) OVER (
+               ORDER BY place, taken_at, lane_id ROWS UNBOUNDED PRECEDING) AS slow_place
+        FROM of_lanes r WHERE merchant_place <= merchant_room),
+    at_pace AS (
+      SELECT r.*, count(*) FILTER (WHERE step > 0) OVER (
+               ORDER BY place, taken_at, lane_id ROWS UNBOUNDED PRECEDING) AS retry_place
+        FROM of_merchants r WHERE NOT slow OR slow_place <= CAST(:slow_room AS int)),
+    fitting AS (
+      SELECT r.*, row_number() OVER (ORDER BY place, taken_at, lane_id) AS turn
+        FROM at_pace r WHERE step = 0 OR retry_place <= CAST(:retry_room AS int)),
     taken AS (
-      SELECT * FROM counted
-       WHERE merchant_place <= merchant_room
-         AND (NOT slow OR slow_place <= CAST(:slow_room AS int))
-         AND (step = 0 OR retry_place <= CAST(:retry_room AS int))
-       ORDER BY place, lane_id LIMIT CAST(:total_room AS int)),
+      SELECT * FROM fitting WHERE turn <= CAST(:total_room AS int)),
     leased AS (
       UPDATE callback_due d
          SET lease_token = CAST(:token AS uuid), attempts_made = d.attempts_made + 1, in_lane = true,
@@ -161,7 +158,8 @@ _CLAIM = text(
         FROM taken WHERE d.event_id = taken.event_id AND d.shop_id = taken.shop_id
       RETURNING d.event_id, d.shop_id, d.lane_id, d.step, d.attempts_made, d.resume_at, taken.slow)
     SELECT places.lane_id AS place, r.event_id, r.shop_id, r.step, r.attempts_made AS attempt_no, r.slow, r.resume_at,
-           c.url, e.body, s.callback_http, s.callback_ports
+           c.url, e.body, s.callback_http, s.callback_ports,
+           EXISTS (SELECT 1 FROM fitting f WHERE f.lane_id = places.lane_id) AS fits
       FROM places LEFT JOIN leased r ON r.lane_id = places.lane_id
       LEFT JOIN LATERAL (
         SELECT c.url FROM callbacks c WHERE c.event_id = r.event_id AND c.shop_id = r.shop_id LIMIT 1) c ON true
@@ -171,20 +169,23 @@ _CLAIM = text(
 )
 
 # Whatever has changed in a lane, this says when its turn comes: when its next callback is due and it may be called. While it is
-# full nobody needs to look; who ends a lease comes by here again.
+# full nobody needs to look; who ends a lease comes by here again. A lane that counts too few leases is no reason to fail: who
+# keeps lanes puts it right.
 _NEXT_TURN = """
              coalesce((SELECT d.due_at FROM callback_due d WHERE d.lane_id = l.id AND d.lease_token IS NULL
                         ORDER BY d.due_at LIMIT 1), 'infinity')"""
 
-# `later_seconds`: how far behind the other lanes.
 _SAVE_TURNS = text(
     f"""
     UPDATE callback_lanes l
-       SET in_flight = l.in_flight + v.in_flight,
-           ready_at = CASE WHEN l.held_at IS NOT NULL OR l.in_flight + v.in_flight >= l.cap THEN 'infinity' ELSE greatest(
-             {_NEXT_TURN}, l.blocked_until, now() + make_interval(secs => v.later_seconds)) END
-      FROM unnest(CAST(:lane_id AS uuid[]), CAST(:in_flight AS int[]), CAST(:later_seconds AS float8[]))
-        AS v (lane_id, in_flight, later_seconds)
+       SET in_flight = greatest(0, l.in_flight + v.in_flight),
+           taken_at = CASE WHEN v.in_flight > 0 THEN now() ELSE l.taken_at END,
+           ready_at = CASE WHEN l.held_at IS NOT NULL OR l.in_flight + v.in_flight >= l.cap THEN 'infinity' ELSE least(
+             CASE WHEN v.keeps_turn THEN l.ready_at END,
+             greatest({_NEXT_TURN}, l.blocked_until, now() + make_interval(secs => v.later_seconds))) END
+      FROM unnest(CAST(:lane_id AS uuid[]), CAST(:in_flight AS int[]), CAST(:later_seconds AS float8[]),
+                  CAST(:keeps_turn AS boolean[]))
+        AS v (lane_id, in_flight, later_seconds, keeps_turn)
      WHERE l.id = v.lane_id
     """
 )
@@ -193,7 +194,7 @@ _SAVE_LEARNED = text(
     f"""
     UPDATE callback_lanes l
        SET cap = v.cap, streak = v.streak, trouble = v.trouble, latency_ms = v.latency_ms, opened = v.opened,
-           in_flight = l.in_flight - v.ended, blocked_until = greatest(l.blocked_until, v.rests_until),
+           in_flight = greatest(0, l.in_flight - v.ended), blocked_until = greatest(l.blocked_until, v.rests_until),
            failing_since = CASE WHEN v.failing THEN coalesce(l.failing_since, now()) END,
            ready_at = CASE WHEN l.held_at IS NOT NULL OR l.in_flight - v.ended >= v.cap THEN 'infinity' ELSE greatest(
              {_NEXT_TURN}, l.blocked_until, v.rests_until, now()) END
@@ -218,18 +219,25 @@ _FIND_PACES = text(
 
 _FIND_LAPSED = text(
     """
-    SELECT d.event_id FROM callback_due d WHERE d.lease_token IS NOT NULL AND d.due_at <= now()
+    SELECT d.event_id, d.lane_id FROM callback_due d WHERE d.lease_token IS NOT NULL AND d.due_at <= now()
      ORDER BY d.due_at LIMIT CAST(:rows_max AS int)
     """
 )
 
+# What was lost more than once comes back at times of its own, so that one that kills workers is lost alone in the end.
 _RELEASE_LAPSED = text(
     """
+    WITH lapsed AS (
+      SELECT d.event_id, d.shop_id FROM unnest(CAST(:ids AS uuid[])) AS w (id)
+       CROSS JOIN LATERAL (
+         SELECT d.event_id, d.shop_id FROM callback_due d
+          WHERE d.event_id = w.id AND d.lease_token IS NOT NULL AND d.due_at + interval '0' <= now()
+          LIMIT 1 FOR UPDATE SKIP LOCKED) d)
     UPDATE callback_due d
-       SET lease_token = NULL, in_lane = true, lost_leases = d.lost_leases + 1,
-           due_at = CASE WHEN d.lost_leases + 1 >= CAST(:lost_max AS int) THEN 'infinity'::timestamptz ELSE now() END
-      FROM unnest(CAST(:ids AS uuid[])) AS w (id)
-     WHERE d.event_id = w.id AND d.lease_token IS NOT NULL AND d.due_at <= now()
+       SET lease_token = NULL, lost_leases = d.lost_leases + 1,
+           due_at = CASE WHEN d.lost_leases + 1 >= CAST(:lost_max AS int) THEN 'infinity'::timestamptz
+             ELSE now() + make_interval(secs => d.lost_leases * random() * CAST(:apart_seconds AS float8)) END
+      FROM lapsed WHERE d.event_id = lapsed.event_id AND d.shop_id = lapsed.shop_id
     RETURNING d.event_id, d.lane_id, d.lost_leases
     """
 )
@@ -237,11 +245,12 @@ _RELEASE_LAPSED = text(
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """By how much a lane's leases change, and how far behind the others its next turn is, in seconds."""
+    """By how much a lane's leases change, how far behind the others its next turn is, in seconds, or that it keeps its turn."""
 
     lane_id: UUID
     in_flight: int
     later_seconds: float = 0.0
+    keeps_turn: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,47 +283,52 @@ async def claim_in_turn(tx: Tx, lease: Lease, room: Room) -> list[ClaimedCallbac
     ready = await tx.scalars(
         _LOCK_READY, {"slow_room": room.slow, "slow_ms": SLOW_MILLISECONDS, "lanes_max": LANES_MAX}
     )
-    return await _claim(tx, lease, room, list(ready))
+    lane_ids = list(ready)
+    # Some lanes have less than their part: so twice that, and not all that there is room for of each.
+    return await _claim(tx, lease, room, lane_ids, each_max=max(2, 2 * room.total // max(1, len(lane_ids))))
 
 
-async def claim_told_of(tx: Tx, lease: Lease, room: Room, event_ids: Sequence[UUID]) -> list[ClaimedCallback]:
+async def claim_told_of(
+    tx: Tx, lease: Lease, room: Room, event_ids: Sequence[UUID], *, waits: bool = True
+) -> list[ClaimedCallback]:
     """Take what is due in the lanes of these callbacks, the longest due first; what does not fit waits there for its turn.
 
+    `waits` False: lanes of merchants whom somebody else holds are left as they are.
     Locks: the shares of the lanes' merchants, by id.
     """
     lane_ids = list(await tx.scalars(_FIND_LANES, {"ids": list(event_ids)}))
-    await lock_shares(tx, lane_ids)
-    return await _claim(tx, lease, room, lane_ids)
+    ours = await lock_shares(tx, lane_ids, waits=waits)
+    return await _claim(tx, lease, room, ours, each_max=room.total)
 
 
 async def wake_lanes(tx: Tx, *, behind: UUID, overdue_seconds: float, lanes_max: int) -> tuple[UUID | None, int]:
     """See that lanes come to their turn in which callbacks are due, for so long, that nobody has told of.
 
     Looks at so many lanes that have fresh callbacks, behind one. Returns: the last one looked at (None: there are no more), and
-    how many were woken.
+    how many were woken. Lanes of merchants whom somebody else holds sleep on.
     Locks: the shares of those, by id.
     """
     values = {"behind": behind, "overdue_seconds": overdue_seconds, "lanes_max": lanes_max}
     rows = (await tx.execute(_FIND_SLEEPING, values)).all()
     sleeping = [row.lane_id for row in rows if row.sleeping]
-    if sleeping:
-        await lock_shares(tx, sleeping)
-        await save_turns(tx, [Turn(lane_id, 0) for lane_id in sleeping])
-    return (max(row.lane_id for row in rows) if len(rows) == lanes_max else None), len(sleeping)
+    woken = await lock_shares(tx, sleeping, waits=False)
+    await save_turns(tx, [Turn(lane_id, 0) for lane_id in woken])
+    return (max(row.lane_id for row in rows) if len(rows) == lanes_max else None), len(woken)
 
 
 # How far behind the others a lane goes whose callbacks did not fit.
 _NOTHING_FITTED_SECONDS: Final = 0.2
 
 
-async def _claim(tx: Tx, lease: Lease, room: Room, lane_ids: list[UUID]) -> list[ClaimedCallback]:
+async def _claim(tx: Tx, lease: Lease, room: Room, lane_ids: Sequence[UUID], *, each_max: int) -> list[ClaimedCallback]:
     if not lane_ids:
         return []
     rows = (
         await tx.execute(
             _CLAIM,
             {
-                "lane_ids": lane_ids,
+                "lane_ids": list(lane_ids),
+                "each_max": each_max,
                 "token": lease.token,
                 "lease_seconds": lease.seconds,
                 "busy_lanes": list(room.busy),
@@ -329,7 +343,7 @@ async def _claim(tx: Tx, lease: Lease, room: Room, lane_ids: list[UUID]) -> list
             },
         )
     ).all()
-    taken = dict.fromkeys((row.place for row in rows), 0)
+    taken, fits = dict.fromkeys((row.place for row in rows), 0), {row.place: row.fits for row in rows}
     claimed = []
     for row in rows:
         if row.event_id is not None:
@@ -349,13 +363,25 @@ async def _claim(tx: Tx, lease: Lease, room: Room, lane_ids: list[UUID]) -> list
                     row.callback_ports,
                 )
             )
-    await save_turns(tx, [Turn(lane, n, 0.0 if n else _NOTHING_FITTED_SECONDS) for lane, n in taken.items()])
+    # A lane for which it was only we that had no more room is somebody else's to serve, at once.
+    keeps = {lane for lane, n in taken.items() if n == 0 and (fits[lane] or room.total == 0)}
+    turns = [
+        Turn(lane, n, 0.0 if n or lane in keeps else _NOTHING_FITTED_SECONDS, lane in keeps)
+        for lane, n in taken.items()
+    ]
+    await save_turns(tx, turns)
     return claimed
 
 
-async def lock_shares(tx: Tx, lane_ids: Collection[UUID]) -> None:
-    """Hold the lanes of these lanes' merchants until the transaction ends. Locks: their shares, by id."""
-    await tx.execute(_LOCK_SHARES_OF_LANES, {"lane_ids": list(lane_ids)})
+async def lock_shares(tx: Tx, lane_ids: Collection[UUID], *, waits: bool = True) -> list[UUID]:
+    """Hold the lanes of these lanes' merchants until the transaction ends. Returns: those of these lanes that are ours now.
+
+    `waits` False: those of merchants whom somebody else holds are left out.
+    Locks: the shares, by id.
+    """
+    if not lane_ids:
+        return []
+    return list(await tx.scalars(_LOCK_SHARES if waits else _LOCK_FREE_SHARES, {"lane_ids": list(lane_ids)}))
 
 
 async def find_paces(tx: Tx, lane_ids: Collection[UUID]) -> dict[UUID, Pace]:
@@ -412,17 +438,18 @@ class Lapsed:
 
 
 async def release_lapsed(tx: Tx) -> list[Lapsed]:
-    """Give back callbacks whose lease ran out: due now, their step as it was.
+    """Give back callbacks whose lease ran out: due now, or soon when it is not the first time, their step as it was.
 
+    Those that somebody else holds are left for the next time.
     Locks: the shares of their merchants, by id.
     """
-    event_ids = list(await tx.scalars(_FIND_LAPSED, {"rows_max": _LAPSED_MAX}))
+    found = (await tx.execute(_FIND_LAPSED, {"rows_max": _LAPSED_MAX})).all()
+    ours = set(await lock_shares(tx, {row.lane_id for row in found}, waits=False))
+    event_ids = [row.event_id for row in found if row.lane_id in ours]
     if not event_ids:
         return []
-    await tx.execute(_LOCK_SHARES_OF_EVENTS, {"ids": event_ids})
-    rows = (await tx.execute(_RELEASE_LAPSED, {"ids": event_ids, "lost_max": LOST_LEASES_MAX})).all()
-    ended: dict[UUID, int] = {}
-    for row in rows:
-        ended[row.lane_id] = ended.get(row.lane_id, 0) + 1
+    values = {"ids": event_ids, "lost_max": LOST_LEASES_MAX, "apart_seconds": _LOST_APART_SECONDS}
+    rows = (await tx.execute(_RELEASE_LAPSED, values)).all()
+    ended = Counter(row.lane_id for row in rows)
     await save_turns(tx, [Turn(lane, -count) for lane, count in ended.items()])
     return [Lapsed(row.event_id, row.lost_leases) for row in rows]

@@ -11,6 +11,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from common.db.callbacks import resend_callback
 from common.db.engine import Tx
+from common.domain.addresses import spellings_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +40,11 @@ class Replay:
 _MATCHING = """
       FROM callbacks c JOIN shops s ON s.id = c.shop_id JOIN merchants m ON m.id = s.merchant_id
      WHERE c.state = CAST(:state AS text)
-       AND (CAST(:first_id AS uuid) IS NULL OR c.event_id >= :first_id)
+       AND c.event_id >= CAST(:first_id AS uuid)
        AND (CAST(:merchant AS text) IS NULL OR m.code = :merchant)
        AND (CAST(:shop AS text) IS NULL OR s.code = :shop)
-       AND (CAST(:origin AS text) IS NULL OR c.url = :origin OR starts_with(c.url, CAST(:origin AS text) || '/')
-            OR starts_with(c.url, CAST(:origin AS text) || '?'))
+       AND (CAST(:origins AS text[]) IS NULL
+            OR lower(substring(c.url FROM '^[A-Za-z]+://[^/?#]+')) = ANY (CAST(:origins AS text[])))
        AND (CAST(:since AS timestamptz) IS NULL OR c.created_at >= :since)
        AND (CAST(:until AS timestamptz) IS NULL OR c.created_at < :until)"""
 
@@ -52,6 +53,7 @@ _COUNT = text(f"SELECT count(*) {_MATCHING}")
 _PAGE = text(
     f"""
     SELECT c.event_id {_MATCHING}
+       AND c.created_at < CAST(:begun_at AS timestamptz)
        AND (CAST(:behind AS uuid) IS NULL OR c.event_id > :behind)
      ORDER BY c.event_id LIMIT CAST(:rows_max AS int)
     """
@@ -66,7 +68,7 @@ _BEGIN = text(
 
 _LOCK = text(
     """
-    SELECT id, filter, per_second, behind, sent, passed_over, finished_at IS NOT NULL AS finished
+    SELECT id, filter, per_second, behind, sent, passed_over, created_at, finished_at IS NOT NULL AS finished
       FROM callback_replays WHERE id = :id FOR UPDATE
     """
 ).columns(filter=JSONB)
@@ -87,10 +89,11 @@ _ID_AGE_MILLISECONDS: Final = 3_600_000
 
 def _values(chosen: Chosen) -> dict[str, Any]:
     """What the statements are asked with. Ids begin with the time: there is no use in looking at those from before `since`."""
-    if chosen.since is None:
-        return {**asdict(chosen), "first_id": None}
-    milliseconds = max(0, int(chosen.since.timestamp() * 1000) - _ID_AGE_MILLISECONDS)
-    return {**asdict(chosen), "first_id": UUID(int=milliseconds << 80)}
+    values = asdict(chosen)
+    origin = values.pop("origin")
+    since_ms = 0 if chosen.since is None else int(chosen.since.timestamp() * 1000)
+    first_id = UUID(int=max(0, since_ms - _ID_AGE_MILLISECONDS) << 80)
+    return values | {"first_id": first_id, "origins": None if origin is None else spellings_of(origin)}
 
 
 async def count_chosen(tx: Tx, chosen: Chosen) -> int:
@@ -111,13 +114,14 @@ async def begin_replay(tx: Tx, replay_id: UUID, chosen: Chosen, *, per_second: i
 async def replay_page(tx: Tx, replay_id: UUID, *, rows_max: int) -> Replay | None:
     """Send the next few callbacks of a replay again; None: there is no such replay. Repeat: goes on where the last page ended.
 
+    What came after the replay was begun is none of its business, so that it ends however fast new ones come.
     Locks: the replay, the callbacks and their due rows.
     """
     replay = (await tx.execute(_LOCK, {"id": replay_id})).one_or_none()
     if replay is None or replay.finished:
         return None if replay is None else Replay(replay.id, replay.per_second, replay.sent, replay.passed_over, True)
-    chosen = _parse(replay.filter)
-    page = list(await tx.scalars(_PAGE, {**_values(chosen), "behind": replay.behind, "rows_max": rows_max}))
+    place = {"begun_at": replay.created_at, "behind": replay.behind, "rows_max": rows_max}
+    page = list(await tx.scalars(_PAGE, _values(_parse(replay.filter)) | place))
     sent = sum([await resend_callback(tx, event_id) for event_id in page])
     values = {
         "id": replay_id,

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, select, text
+from sqlalchemy import Row, func, select, text
 
 from common.db.engine import Tx
 from common.db.tables import (
@@ -57,6 +57,9 @@ _SHOWN = (
     shops.c.code.label("shop"),
     shops.c.currency_exponent,
 )
+
+# None of one that was put aside: it is due when somebody sends it again.
+_CALLBACK_DUE = func.nullif(callback_due.c.due_at, text("'infinity'::timestamptz")).label("due_at")
 
 # The kinds are spelled out so that the partial indexes on them serve: an account has too many entries to look through.
 _ENTRIES = text(
@@ -199,7 +202,7 @@ async def _find_events(tx: Tx, payout: StoredRow) -> Sequence[StoredRow]:
 
 async def _find_callbacks(tx: Tx, payout: StoredRow) -> Sequence[StoredRow]:
     query = (
-        select(callbacks, callback_due.c.due_at)
+        select(callbacks, _CALLBACK_DUE)
         .join(
             callback_due,
             (callback_due.c.event_id == callbacks.c.event_id) & (callback_due.c.shop_id == callbacks.c.shop_id),
@@ -285,7 +288,7 @@ async def find_payin_story(tx: Tx, payin: StoredRow) -> PayinStory:
     told = select(events).where(events.c.payin_id == payin.id, events.c.shop_id == payin.shop_id)
     events_told = (await tx.execute(told.order_by(events.c.sequence))).all()
     called = (
-        select(callbacks, callback_due.c.due_at)
+        select(callbacks, _CALLBACK_DUE)
         .join(
             callback_due,
             (callback_due.c.event_id == callbacks.c.event_id) & (callback_due.c.shop_id == callbacks.c.shop_id),

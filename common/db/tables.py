@@ -409,6 +409,7 @@ callback_lanes = Table(
     _optional("held_at", _TIME),
     _optional("held_reason", Text()),
     _required("ready_at", _TIME),
+    _required("taken_at", _TIME),
     _required("created_at", _TIME),
 )
 

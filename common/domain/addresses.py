@@ -107,6 +107,15 @@ def origin_of(url: str) -> str:
     return str(URL(url).origin())
 
 
+def spellings_of(origin: str) -> list[str]:
+    """How the URLs of an origin may begin, in lower case: with the port that goes without saying or none, and before IDNA."""
+    url = URL(origin)
+    host = url.host or ""
+    hosts = {url.host_subcomponent or host, f"[{host}]" if ":" in host else host.lower()}
+    ports = {f":{url.port}", *(("", ":") if url.is_default_port() else ())}
+    return sorted(f"{url.scheme}://{name}{port}" for name in hosts for port in ports)
+
+
 def _host_allowed(host: str, *, private_allowed: bool) -> bool:
     """Judge a host that went through IDNA."""
     if ":" in host or _NUMBER_LAST.fullmatch(host):

@@ -39,8 +39,9 @@ TABLES = [
       blocked_until timestamptz NOT NULL DEFAULT '-infinity',
       failing_since timestamptz,
       held_at timestamptz,
-      held_reason text CHECK (length(held_reason) BETWEEN 1 AND 500),
+      held_reason text CHECK (length(held_reason) BETWEEN 1 AND 1000),
       ready_at timestamptz NOT NULL DEFAULT 'infinity',
+      taken_at timestamptz NOT NULL DEFAULT '-infinity',
       created_at timestamptz NOT NULL DEFAULT now(),
       UNIQUE (shop_id, origin),
       CONSTRAINT callback_lanes_say_why_held CHECK ((held_at IS NULL) = (held_reason IS NULL)),
@@ -148,7 +149,8 @@ GUARDS = [
 ]
 
 _PACE = (
-    "cap, in_flight, streak, trouble, latency_ms, opened, blocked_until, failing_since, held_at, held_reason, ready_at"
+    "cap, in_flight, streak, trouble, latency_ms, opened, blocked_until, failing_since, held_at, held_reason, ready_at,"
+    " taken_at"
 )
 
 GRANTS = [

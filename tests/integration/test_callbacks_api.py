@@ -222,6 +222,16 @@ async def test_while_it_is_being_sent_no_next_attempt_is_promised(gateway: Gatew
     assert (callback["state"], "next_attempt_at" in callback) == ("pending", False)
 
 
+async def test_of_what_was_put_aside_for_people_no_next_attempt_is_promised(gateway: Gateway, working: Desk) -> None:
+    merchant, event_id = await told(gateway, working)
+    put_aside = "UPDATE callback_due SET due_at = 'infinity', in_lane = true WHERE event_id = :id"
+    await execute(working.owner, put_aside, id=event_id)
+
+    (callback,) = await show(gateway, merchant)
+
+    assert (callback["state"], "next_attempt_at" in callback) == ("pending", False)
+
+
 async def claim(working: Desk, event_id: UUID) -> None:
     """Take one callback as a worker does, and do nothing more."""
     (taken,) = await in_transaction(

@@ -133,6 +133,9 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "shop secret revoke",
         "callbacks test",
         "shop callbacks",
+        "callbacks replay",
+        "lane hold",
+        "lane release",
     }
     assert asks_reason == {
         "shop callbacks",
@@ -146,6 +149,9 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "rail remove",
         "shop secret rotate",
         "shop secret revoke",
+        "callbacks replay",
+        "lane hold",
+        "lane release",
     }
 
 

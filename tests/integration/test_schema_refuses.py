@@ -47,6 +47,7 @@ async def _tell_a_story(desk: Desk) -> dict[str, str]:
     ids = {name: await desk.create(merchant, recipient=number) for name, number in recipients.items()}
     ids["failed"] = await desk.create(merchant, recipient="017000000100", callback_url="http://localhost")
     ids["verifying"] = await desk.create(merchant, recipient="017000000200")
+    await desk.create(other, recipient="017000000100", callback_url="http://localhost")
     await desk.settle(desk.settler(rail_timeout_seconds=0.1))
     ids["sending"] = await desk.create(merchant)
     await execute(
@@ -88,6 +89,9 @@ async def _tell_a_story(desk: Desk) -> dict[str, str]:
         )
     )[0]
     event = await desk.one("SELECT id FROM events WHERE type = 'payout.success'")
+    called = await desk.one("SELECT event_id, lane_id FROM callback_due WHERE shop_id = :id", id=merchant.shop.id)
+    other_lane = await desk.one("SELECT id FROM callback_lanes WHERE shop_id = :id", id=other.shop.id)
+    third = await desk.merchant()
     key = await desk.one("SELECT id FROM api_keys WHERE public_id = :id", id=merchant.api_key)
     return {
         **{name: str(any_id) for name, any_id in (ids | payins).items()},
@@ -103,6 +107,12 @@ async def _tell_a_story(desk: Desk) -> dict[str, str]:
         "foreign_audit": str(foreign_audit.id),
         "topup_audit": str(topup.id),
         "event": str(event.id),
+        "called": str(called.event_id),
+        "lane": str(called.lane_id),
+        "other_lane": str(other_lane.id),
+        "other_merchant": str(other.shop.merchant_id),
+        "third_merchant": str(third.shop.merchant_id),
+        "third_shop": str(third.shop.id),
     }
 
 
@@ -454,7 +464,7 @@ CASES: list[tuple[str, str, str, tuple[str, ...]]] = [
         "INSERT INTO callbacks (event_id, shop_id, payout_id, url)"
         " SELECT id, shop_id, '{failed}', 'http://localhost' FROM events WHERE payout_id = '{success}'",)),
     ("what is due tells nothing", GATEWAY, "callback_due_has_callback", (
-        "INSERT INTO callback_due (event_id, shop_id) VALUES ('{fresh}', '{shop}')",)),
+        "INSERT INTO callback_due (event_id, shop_id, lane_id) VALUES ('{fresh}', '{shop}', '{lane}')",)),
     ("a callback that ended and is pending", WORKER, "callbacks_finished_iff_not_pending", (
         "INSERT INTO callbacks (event_id, shop_id, payout_id, url, finished_at)"
         " VALUES ('{event}', '{shop}', '{success}', 'http://localhost', now())",)),
@@ -884,6 +894,95 @@ CASES += [
     ("a shop's only secret ends", OPS, "shops_have_webhook_secret", (_END_SECRETS, "SET CONSTRAINTS ALL IMMEDIATE")),
     ("a shop's secret is forgotten", OWNER, "shops_have_webhook_secret", (
         "DELETE FROM webhook_secrets WHERE shop_id = '{shop}'", "SET CONSTRAINTS ALL IMMEDIATE")),
+]  # fmt: skip
+
+
+_SHARE = "INSERT INTO callback_shares (merchant_id) VALUES ('{third_merchant}')"
+_LANE = (
+    "INSERT INTO callback_lanes (id, shop_id, merchant_id, origin)"
+    " SELECT callback_lane_id(shop, origin), shop, merchant, origin"
+    " FROM (VALUES ('{shop}'::uuid, '{merchant}'::uuid, 'http://new')) AS l (shop, merchant, origin)"
+)
+_AGAIN = (
+    "DELETE FROM callback_due WHERE event_id = '{called}'",
+    "INSERT INTO callback_due (event_id, shop_id, lane_id) VALUES ('{called}', '{shop}', '{lane}')",
+)
+
+
+async def test_lanes_are_made_claimed_from_and_held(world: World) -> None:
+    """The unbent statements of the cases below."""
+    for role in (GATEWAY, WORKER, OPS):
+        assert await _refusal(world, role, _SHARE, _LANE) is None
+    assert await _refusal(world, WORKER, *_AGAIN) is None
+    for role in (WORKER, OPS):
+        locked = "SELECT FROM callback_shares FOR UPDATE"
+        held = "UPDATE callback_lanes SET held_at = now(), held_reason = 'x', ready_at = 'infinity'"
+        assert await _refusal(world, role, locked, held, "UPDATE callback_lanes SET in_flight = 1, cap = 256") is None
+
+
+_LANE_COLUMNS = (
+    "cap = 256", "in_flight = 0", "trouble = 0", "opened = 0", "blocked_until = now()", "failing_since = NULL",
+    "held_at = NULL", "held_reason = NULL", "ready_at = now()", "taken_at = now()",
+)  # fmt: skip
+
+CASES += [
+    *((f"the gateway changes a lane: {change}", GATEWAY, NOT_ALLOWED, (f"UPDATE callback_lanes SET {change}",))
+      for change in _LANE_COLUMNS),
+    ("the gateway holds a merchant's lanes", GATEWAY, NOT_ALLOWED, ("SELECT FROM callback_shares FOR UPDATE",)),
+    ("the gateway begins a lane in its favour", GATEWAY, NOT_ALLOWED, (
+        _LANE.replace("origin)", "origin, cap)", 1).replace("merchant, origin FROM", "merchant, origin, 256 FROM"),)),
+    *((f"{role} changes a share", role, "callback_shares_stay", ("UPDATE callback_shares SET created_at = now()",))
+      for role in (OWNER, WORKER, OPS)),
+    ("the owner forgets a share", OWNER, "callback_shares_stay", ("DELETE FROM callback_shares",)),
+    *((f"{role} moves a share to another merchant", role, NOT_ALLOWED, (
+        "UPDATE callback_shares SET merchant_id = '{third_merchant}'",)) for role in APPLICATION),
+    *((f"{role} forgets a share", role, NOT_ALLOWED, ("DELETE FROM callback_shares",)) for role in APPLICATION),
+    *((f"{role} forgets a lane", role, NOT_ALLOWED, ("DELETE FROM callback_lanes",)) for role in APPLICATION),
+    *((f"{role} moves a lane", role, NOT_ALLOWED, (f"UPDATE callback_lanes SET {change}",))
+      for role in APPLICATION for change in (
+          "id = gen_random_uuid()", "shop_id = '{other_shop}'", "merchant_id = '{other_merchant}'", "origin = 'http://x'")),
+    ("a share of a merchant who is not there", GATEWAY, "callback_shares_merchant_id_fkey", (
+        _SHARE.replace("{third_merchant}", "{fresh}"),)),
+    ("a second share of a merchant", GATEWAY, "callback_shares_pkey", (
+        _SHARE.replace("{third_merchant}", "{merchant}"),)),
+    *((f"{role} makes a lane of a foreign shop", role, "callback_lanes_of_their_shop", (
+        _LANE.replace("{shop}", "{other_shop}"),)) for role in (GATEWAY, WORKER, OPS)),
+    ("a lane of a foreign merchant", GATEWAY, "callback_lanes_of_their_shop", (
+        _LANE.replace("{merchant}", "{other_merchant}"),)),
+    ("a lane of a shop that is not there", GATEWAY, "callback_lanes_of_their_shop", (
+        _LANE.replace("{shop}", "{fresh}"),)),
+    ("a lane of a merchant who has no share", GATEWAY, "callback_lanes_of_their_shop", (
+        _LANE.replace("{shop}", "{third_shop}").replace("{merchant}", "{third_merchant}"),)),
+    ("a lane whose id is of another origin", GATEWAY, "callback_lanes_id_of_origin", (
+        _LANE.replace("callback_lane_id(shop, origin)", "callback_lane_id(shop, 'http://other')"),)),
+    ("a lane whose id is of another shop", GATEWAY, "callback_lanes_id_of_origin", (
+        _LANE.replace("callback_lane_id(shop, origin)", "callback_lane_id('{other_shop}', origin)"),)),
+    ("a second lane to an origin", GATEWAY, "callback_lanes_pkey", (_LANE, _LANE)),
+    ("a lane to nowhere", GATEWAY, "callback_lanes_origin_check", (_LANE.replace("http://new", ""),)),
+    *((f"{role} gives a lane {what}", role, check, (f"UPDATE callback_lanes SET {change}",))
+      for role in (WORKER, OPS) for what, change, check in (
+          ("no room", "cap = 0", "callback_lanes_cap_check"), ("all room", "cap = 257", "callback_lanes_cap_check"),
+          ("less than nothing in flight", "in_flight = -1", "callback_lanes_in_flight_check"),
+          ("more trouble than there is", "trouble = 1.1", "callback_lanes_trouble_check"),
+          ("a hold without a reason", "held_at = now(), ready_at = 'infinity'", "callback_lanes_say_why_held"),
+          ("a reason without a hold", "held_reason = 'x'", "callback_lanes_say_why_held"),
+          ("a turn while it is held", "held_at = now(), held_reason = 'x', ready_at = now()",
+           "callback_lanes_held_are_never_ready"))),
+    *((f"{role} has a callback wait in another shop's lane", role, "callback_due_has_lane", (
+        *(_AGAIN[:1] if role == WORKER else ()), _AGAIN[1].replace("{lane}", "{other_lane}")))
+      for role in (WORKER,)),
+    ("a callback waits in no lane", WORKER, "callback_due_has_lane", (
+        _AGAIN[0], _AGAIN[1].replace("{lane}", "{fresh}"))),
+    ("a callback of another shop waits in a lane", WORKER, "callback_due_has_callback", (
+        _AGAIN[0], _AGAIN[1].replace("{shop}", "{other_shop}"))),
+    *((f"{role} moves a callback to another lane", role, NOT_ALLOWED, (
+        "UPDATE callback_due SET lane_id = '{other_lane}'",)) for role in APPLICATION),
+    ("the gateway takes a callback", GATEWAY, NOT_ALLOWED, ("UPDATE callback_due SET lease_token = '{fresh}'",)),
+    *((f"{role} begins a replay", role, NOT_ALLOWED, (
+        "INSERT INTO callback_replays (id, filter, per_second, actor, reason)"
+        " VALUES ('{fresh}', '{{}}', 1, 'x', 'x')",)) for role in (GATEWAY, WORKER)),
+    ("ops change what a replay sends", OPS, NOT_ALLOWED, ("UPDATE callback_replays SET filter = '{{}}'",)),
+    ("ops forget a replay", OPS, NOT_ALLOWED, ("DELETE FROM callback_replays",)),
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from ops.onboarding import OnboardingRefused, rotate_webhook_secret
 from tests.conftest import Server
 from tests.endpoint import Endpoint, Received, endpoint
 from tests.factories import Merchant, engine, environment, execute, fetch, settings
-from tests.flows import Desk, cloned, desk
+from tests.flows import Desk, cloned, desk, pass_callback_time
 from tests.terminal import Terminal
 from worker.callbacks.deliver import Deliverer
 from worker.callbacks.send import open_session
@@ -81,7 +81,7 @@ async def pass_time(floor: Desk, secret_id: str) -> None:
 
 async def deliver(floor: Desk) -> None:
     """Send everything that waits."""
-    await execute(floor.owner, "UPDATE callback_due SET due_at = now() - interval '1 second'")
+    await pass_callback_time(floor.owner)
     async with open_session(private_allowed=True, ports=frozenset()) as session:
         deliverer = Deliverer(floor.worker, floor.settings.keyring, session, floor.settings)
         while await deliverer.run_round():

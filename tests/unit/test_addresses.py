@@ -1,4 +1,5 @@
 # ruff: noqa: RUF001, SIM905 characters that look like others are a subject here, and words are easier to read than literals
+import re
 import socket
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
@@ -8,7 +9,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from yarl import URL
 
-from common.domain.addresses import URL_CHARACTERS_MAX, is_public, parse_callback_url
+from common.domain.addresses import URL_CHARACTERS_MAX, is_public, origin_of, parse_callback_url, spellings_of
 
 ANY_PORT: Final[frozenset[int]] = frozenset()
 DEFAULT_PORTS: Final = frozenset({80, 443, 8080, 8443})
@@ -242,3 +243,27 @@ def test_no_text_raises_and_no_accepted_host_is_a_private_address_to_the_system(
     except OSError:
         return
     assert is_public(IPv4Address(packed))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://shop.example/told", "HTTPS://Shop.Example:443", "https://shop.example:?x", "http://shop.example:80#x",
+        "http://shop.example:8080/", "http://8.8.8.8/", "http://[2606:4700::1111]:8443/", "https://b\u00fccher.example/told",
+        "https://B\u00dcCHER.example:443/told", "https://xn--bcher-kva.example/told",
+    ],
+)  # fmt: skip
+def test_every_url_of_an_origin_begins_with_one_of_its_spellings(url: str) -> None:
+    assert parse_callback_url(url, private_allowed=False, ports=frozenset()) == url
+    begins = re.match("[A-Za-z]+://[^/?#]+", url)
+    assert begins
+    assert begins[0].lower() in spellings_of(origin_of(url))
+
+
+def test_spellings_of_an_origin_are_of_no_other() -> None:
+    spelled = {
+        origin: set(spellings_of(origin))
+        for origin in ("https://a.example", "http://a.example", "https://a.example:80", "https://a.example.org")
+    }
+    for origin, spellings in spelled.items():
+        assert {origin_of(spelling) for spelling in spellings} == {origin}

@@ -45,6 +45,7 @@ from common.db.webhook_secrets import SealedWebhookSecret, find_webhook_secrets
 from common.domain.ids import EVENT, render_id
 from common.domain.lane import SLOW_MILLISECONDS, Exchange, learn
 from common.domain.schedule import callback_delay
+from common.errors import AccountBusy
 from common.log import LogEvent, get_logger
 from common.messaging.codec import WorkMessage
 from common.process import end_tasks
@@ -71,9 +72,6 @@ _ROOM_WAIT_SECONDS: Final = 0.02
 # What a receiver asks for with these holds for all that goes to it.
 _ASKING: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
 
-# What cannot be signed is not sent, by our fault.
-_NEVER_SENT: Final = Attempt(None, "internal_error", b"", None, 0, 0.0)
-
 LEASES_LAPSED: Final = Counter(
     "payouts_callback_leases_lapsed", "Callbacks given back because their worker was silent for too long"
 )
@@ -84,11 +82,14 @@ LATE: Final = Counter(
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A claimed callback and how its attempt went. `luck` in [0, 1) is its share of the jitter."""
+    """A claimed callback and how its attempt went; None: none was made, which is our fault and not the receiver's.
+
+    `luck` in [0, 1) is its share of the jitter.
+    """
 
     callback: ClaimedCallback
     token: UUID
-    attempt: Attempt
+    attempt: Attempt | None
     ended_at: float
     luck: float
 
@@ -155,7 +156,12 @@ class Deliverer:
         for first in range(0, len(ids), _CLAIM_MAX):
             if self._leaving:
                 return False
-            await self._claim(partial(claim_told_of, event_ids=ids[first : first + _CLAIM_MAX]))
+            told = partial(claim_told_of, event_ids=ids[first : first + _CLAIM_MAX])
+            try:
+                await self._claim(told)
+            except AccountBusy:
+                # Somebody holds a merchant's lanes for long: all others' leave now, and his are found when he lets go.
+                await self._claim(partial(told, waits=False))
         return True
 
     async def _look(self) -> None:
@@ -239,7 +245,9 @@ class Deliverer:
             claimed, sealed = await in_transaction(self._engine, work)
             secrets = {shop_id: self._open(of_shop) for shop_id, of_shop in sealed.items()}
             for callback in claimed:
-                task = asyncio.create_task(self._deliver(callback, secrets[callback.shop_id], lease.token, start_until))
+                task = asyncio.create_task(
+                    self._deliver(callback, secrets.get(callback.shop_id, []), lease.token, start_until)
+                )
                 self._flights[task] = _Flight(callback, started)
                 task.add_done_callback(self._land)
             return claimed
@@ -257,15 +265,12 @@ class Deliverer:
             return []
 
     async def _deliver(self, callback: ClaimedCallback, secrets: list[str], token: UUID, start_until: float) -> None:
-        if monotonic() > start_until:
-            # The lease would not outlive the attempt: it runs out, and no step of the schedule is used.
+        if not secrets or monotonic() > start_until:
+            await self._submit(Ended(callback, token, None, monotonic(), 0.0))
             return
         event = render_id(EVENT, callback.event_id)
-        attempt = await self._send(callback, secrets, event) if secrets else _NEVER_SENT
-        try:
-            await self._records.submit(Ended(callback, token, attempt, monotonic(), random.random()))  # noqa: S311 jitter
-        except Exception as error:
-            get_logger().error(LogEvent.ROUND_FAILED, round="record", event_id=event, error=type(error).__name__)
+        attempt = await self._send(callback, secrets, event)
+        await self._submit(Ended(callback, token, attempt, monotonic(), random.random()))  # noqa: S311 jitter
         get_logger().info(
             LogEvent.CALLBACK_ATTEMPTED,
             event_id=event,
@@ -286,6 +291,13 @@ class Deliverer:
             shop_ports=None if callback.callback_ports is None else frozenset(callback.callback_ports),
         )
 
+    async def _submit(self, ended: Ended) -> None:
+        try:
+            await self._records.submit(ended)
+        except Exception as error:
+            event = render_id(EVENT, ended.callback.event_id)
+            get_logger().error(LogEvent.ROUND_FAILED, round="record", event_id=event, error=type(error).__name__)
+
     async def _record(self, ended: Sequence[Ended]) -> list[None]:
         now = monotonic()
         await in_transaction(
@@ -304,11 +316,13 @@ def _tell_of_lapsed(lapsed: Lapsed) -> None:
 async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float) -> None:
     """Log attempts, and what follows from each: delivered, rejected, exhausted, or due again; and what they teach about lanes.
 
-    A lease that is no longer ours leaves only the log line, marked late; but a late 2xx still ends the callback. `now` is
-    monotonic, as `Ended.ended_at`.
+    A lease that is no longer ours leaves only the log line, marked late; but a late 2xx still ends the callback. What could
+    not be attempted is given back as it was. `now` is monotonic, as `Ended.ended_at`.
     Locks: the shares of the lanes' merchants by id, then the due rows in event id order.
     Repeat: an attempt that is recorded already finds its lease gone.
     """
+    if not ended:
+        return
     lanes = {item.callback.lane_id for item in ended}
     await lock_shares(tx, lanes)
     tokens = await lock_callback_due(tx, [item.callback.event_id for item in ended])
@@ -319,11 +333,15 @@ async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float) -> None
     for item in ended:
         event_id = item.callback.event_id
         held = tokens.get(event_id) == item.token
-        attempts.append(_logged(item, late=not held, now=now))
+        if item.attempt is None:
+            if held and event_id not in finished:
+                again[event_id] = item.callback.step, _OURS_AGAIN_SECONDS
+            continue
+        attempts.append(_logged(item, item.attempt, late=not held, now=now))
         if item.attempt.delivered and event_id in tokens:
             finished[event_id] = "delivered"
         elif held and finished.get(event_id) != "delivered":
-            _conclude(item, finished, again)
+            _conclude(item, item.attempt, finished, again)
         if held or item.attempt.delivered:
             exchanges[item.callback.lane_id].append(_exchange(item.attempt))
     await append_callback_attempts(tx, attempts)
@@ -335,17 +353,17 @@ async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float) -> None
     await save_lanes(tx, {lane: learn(pace, exchanges[lane], luck) for lane, pace in paces.items()}, leases_ended)
 
 
-def _conclude(item: Ended, finished: dict[UUID, str], again: dict[UUID, tuple[int, float]]) -> None:
+def _conclude(item: Ended, attempt: Attempt, finished: dict[UUID, str], again: dict[UUID, tuple[int, float]]) -> None:
     """A failed attempt: 410 is the receiver's "never again", the end of the schedule is ours.
 
     One out of turn uses no step, nor does one that failed by our fault.
     """
     event_id, step, out_of_turn = item.callback.event_id, item.callback.step, item.callback.resume_at is not None
-    if item.attempt.ours:
+    if attempt.ours:
         again[event_id] = (step, _OURS_AGAIN_SECONDS)
         return
-    delay_seconds = callback_delay(0 if out_of_turn else step, item.luck, item.attempt.retry_after_seconds)
-    if item.attempt.http_status == HTTPStatus.GONE:
+    delay_seconds = callback_delay(0 if out_of_turn else step, item.luck, attempt.retry_after_seconds)
+    if attempt.http_status == HTTPStatus.GONE:
         finished[event_id] = "rejected"
     elif delay_seconds is None:
         finished[event_id] = "exhausted"
@@ -362,8 +380,8 @@ def _exchange(attempt: Attempt) -> Exchange:
     return Exchange(healthy, attempt.duration_ms, asked_seconds)
 
 
-def _logged(item: Ended, *, late: bool, now: float) -> CallbackAttempt:
-    attempt, callback = item.attempt, item.callback
+def _logged(item: Ended, attempt: Attempt, *, late: bool, now: float) -> CallbackAttempt:
+    callback = item.callback
     if late:
         LATE.inc()
     return CallbackAttempt(
