@@ -100,8 +100,9 @@ async def mend_lanes(tx: Tx, *, behind: UUID, lanes_max: int) -> tuple[UUID | No
 
 
 async def hold_failing(tx: Tx, *, failing_seconds: float, lanes_max: int) -> list[UUID]:
-    """Hold lanes that have done nothing but fail for so long and in which something waits, which is kept. Returns: those held now.
+    """Hold lanes that have done nothing but fail for so long and in which something waits. Returns: those held now.
 
+    What waits is kept.
     Locks: the shares of those, by id.
     """
     lane_ids = list(await tx.scalars(_FIND_FAILING, {"seconds": failing_seconds, "lanes_max": lanes_max}))
