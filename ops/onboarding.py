@@ -217,7 +217,7 @@ async def change_webhook_url(
         found = await _shop(tx, merchant, shop)
         if url and not settings.allows_callback(url, shop_http=found.callback_http, shop_ports=found.callback_ports):
             raise OnboardingRefused(
-                "callbacks of this shop may not go there: see PAYOUTS_CALLBACK_… and `shop callbacks`"
+                "callbacks of this shop may not go to that URL: see PAYOUTS_CALLBACK_… and `shop callbacks`"
             )
         await save_webhook_url(tx, found.id, url)
         await append_audit(tx, actor=actor, action="shop.webhook", subject=f"{merchant}/{shop}", detail={"url": url})

@@ -159,11 +159,11 @@ async def test_the_deadline_ends_an_attempt_whose_server_never_speaks_tls(sessio
 async def test_tls_that_is_never_spoken_ends_when_connecting_should_be_over(
     session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sending, "_CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(sending, "_TIMEOUT", aiohttp.ClientTimeout(total=None, sock_connect=0.2))
     async with receiver(says_nothing) as merchant:
-        attempt = await send(session, merchant.url.replace("http:", "https:"), timeout_seconds=10.0)
+        attempt = await send(session, merchant.url.replace("http:", "https:"), timeout_seconds=60.0)
     assert (attempt.error, attempt.address) == ("timeout", None)
-    assert attempt.duration_ms < 2000
+    assert attempt.duration_ms < 30_000, "it did not wait for the deadline"
 
 
 async def test_what_is_said_of_a_failure_names_no_address_no_host_and_no_file(

@@ -33,8 +33,8 @@ from tests.factories import environment, execute, fetch
 from tests.faults.proxy import CommitFault, proxy
 from tests.flows import Desk, desk, pass_callback_time, take_callbacks
 from tests.terminal import Terminal
-from worker.callbacks.deliver import Ended as EndedCallback
-from worker.callbacks.deliver import record_attempts
+from worker.callbacks.recording import Ended as EndedCallback
+from worker.callbacks.recording import record_attempts
 from worker.callbacks.send import Attempt
 from worker.hearing import hear
 

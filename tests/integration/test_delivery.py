@@ -26,8 +26,9 @@ from ops.onboarding import change_callbacks
 from tests.factories import Merchant, engine, execute, fetch
 from tests.flows import Desk, assert_sound, desk, heal_lanes, pass_callback_time, take_callbacks
 from tests.names import NO_SUCH_NAME, name_server
-from worker.callbacks.deliver import Deliverer, Ended, record_attempts
+from worker.callbacks.deliver import Deliverer
 from worker.callbacks.guard import Resolver
+from worker.callbacks.recording import Ended, record_attempts
 from worker.callbacks.send import Attempt, open_session
 
 MINUTE, HOUR = 60, 3600
@@ -473,9 +474,8 @@ async def test_a_secret_that_does_not_open_sends_nothing_and_gives_nothing_up(da
         secret = await stage.desk.one("SELECT sealed FROM webhook_secrets")
         await execute(stage.desk.owner, "UPDATE webhook_secrets SET sealed = ''")
         await stage.deliver()
-        (attempt,) = await stage.attempts()
         row = await stage.callback()
-        assert (stage.receiver.calls, attempt.error, row.state, row.step) == ([], "internal_error", "pending", 0)
+        assert (stage.receiver.calls, await stage.attempts(), row.state, row.step) == ([], [], "pending", 0)
         await execute(stage.desk.owner, "UPDATE webhook_secrets SET sealed = :sealed", sealed=secret.sealed)
         await stage.travel()
         await stage.deliver()

@@ -12,7 +12,7 @@ from common.db.invariants import OFFENDERS_SHOWN, RULES, verify
 from tests.conftest import Server
 from tests.factories import engine, execute
 from tests.flows import Desk, assert_sound, broken_rules, cloned, desk, forge, pass_over, take_callbacks
-from worker.callbacks.deliver import Ended, record_attempts
+from worker.callbacks.recording import Ended, record_attempts
 from worker.callbacks.send import Attempt
 from worker.hearing import hear
 

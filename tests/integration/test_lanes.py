@@ -43,7 +43,8 @@ from tests.faults.locks import locked, until_waiting
 from tests.flows import Desk, assert_sound, desk, pass_callback_time, take_callbacks
 from tests.stack import eventually
 from tests.waiting import add_waiting, assert_lanes_sound, lane_of, room, rows_read
-from worker.callbacks.deliver import Deliverer, Ended, record_attempts
+from worker.callbacks.deliver import Deliverer
+from worker.callbacks.recording import Ended, record_attempts
 from worker.callbacks.send import Attempt, open_session
 from worker.callbacks.upkeep import LaneKeeper
 

@@ -18,7 +18,7 @@ from tests.faults.proxy import CommitFault, proxy
 from tests.flows import Desk, assert_sound, desk, pass_callback_time, take_callbacks
 from tests.terminal import Terminal
 from tests.waiting import add_waiting, assert_lanes_sound, lane_of, room
-from worker.callbacks.deliver import Ended, record_attempts
+from worker.callbacks.recording import Ended, record_attempts
 from worker.callbacks.send import Attempt
 
 BECAUSE: Final = ("--reason", "their server is back", "--actor", "alice")

@@ -46,8 +46,8 @@ from gateway.accept import Accepted, decide_batch
 from tests.conftest import Server
 from tests.factories import Merchant, engine, execute, fetch, new_payin, order
 from tests.flows import LOCK_WAIT_SECONDS, Desk, cloned, desk, forge, take_callbacks
-from worker.callbacks.deliver import Ended as Delivered
-from worker.callbacks.deliver import record_attempts
+from worker.callbacks.recording import Ended as Delivered
+from worker.callbacks.recording import record_attempts
 from worker.callbacks.send import Attempt
 from worker.claiming import claim_calls
 from worker.conclusions import Ended

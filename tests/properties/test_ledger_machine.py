@@ -33,8 +33,8 @@ from tests.conftest import Server
 from tests.factories import Merchant, execute, fetch, order
 from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, cloned, desk, forge, pass_callback_time, take_callbacks
 from tests.properties.payin_rules import PayinRules
-from worker.callbacks.deliver import Ended as Delivered
-from worker.callbacks.deliver import record_attempts
+from worker.callbacks.recording import Ended as Delivered
+from worker.callbacks.recording import record_attempts
 from worker.callbacks.send import Attempt
 from worker.conclusions import SUBMIT, Call, Ended
 from worker.hearing import hear

@@ -5,12 +5,10 @@ import math
 import random
 import time
 from collections import Counter as Tally
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from http import HTTPStatus
 from time import monotonic
 from typing import Final
 from uuid import UUID, uuid4
@@ -19,13 +17,6 @@ from aiohttp import ClientSession
 from prometheus_client import Counter
 
 from common.batching import Batcher
-from common.db.callbacks import (
-    CallbackAttempt,
-    append_callback_attempts,
-    finish_callbacks,
-    lock_callback_due,
-    reschedule_callbacks,
-)
 from common.db.engine import Engine, Tx, in_transaction
 from common.db.lanes import (
     FIRST_LANE,
@@ -35,16 +26,12 @@ from common.db.lanes import (
     Room,
     claim_in_turn,
     claim_told_of,
-    find_paces,
-    lock_shares,
     release_lapsed,
-    save_lanes,
     wake_lanes,
 )
 from common.db.webhook_secrets import SealedWebhookSecret, find_webhook_secrets
 from common.domain.ids import EVENT, render_id
-from common.domain.lane import SLOW_MILLISECONDS, Exchange, learn
-from common.domain.schedule import callback_delay
+from common.domain.lane import SLOW_MILLISECONDS
 from common.errors import AccountBusy
 from common.log import LogEvent, get_logger
 from common.messaging.codec import WorkMessage
@@ -52,6 +39,7 @@ from common.process import end_tasks
 from common.sealing import Keyring, SealBroken
 from common.settings import Settings
 from common.webhook_secrets import open_webhook_secrets
+from worker.callbacks.recording import Ended, record_attempts
 from worker.callbacks.send import Attempt, render_headers, send_callback
 from worker.scanning import OVERDUE_SECONDS
 
@@ -61,37 +49,16 @@ _RECORD_BATCH_MAX: Final = 128
 _RECORD_LINGER_SECONDS: Final = 0.01
 # Lanes with callbacks that nobody has told of, in one look; the next look goes on behind them.
 _LANES_LOOKED_AT: Final = 256
-# An attempt that failed by our fault says nothing of the receiver: the same step again, when we may have recovered.
-_OURS_AGAIN_SECONDS: Final = 30.0
 # Longer than other transactions: an attempt that is not recorded is made again.
 _RECORD_ATTEMPTS_MAX: Final = 20
 # A claim for less than this part of what may be in flight waits a moment for more, so that few transactions take many.
 _ROOM_MIN_SHARE: Final = 1 / 16
 _ROOM_WAIT_SECONDS: Final = 0.02
 
-# What a receiver asks for with these holds for all that goes to it.
-_ASKING: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
 
 LEASES_LAPSED: Final = Counter(
     "payouts_callback_leases_lapsed", "Callbacks given back because their worker was silent for too long"
 )
-LATE: Final = Counter(
-    "payouts_callback_attempts_late", "Attempts whose lease had passed to somebody else when they ended"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A claimed callback and how its attempt went; None: none was made, which is our fault and not the receiver's.
-
-    `luck` in [0, 1) is its share of the jitter.
-    """
-
-    callback: ClaimedCallback
-    token: UUID
-    attempt: Attempt | None
-    ended_at: float
-    luck: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,93 +278,3 @@ def _tell_of_lapsed(lapsed: Lapsed) -> None:
     if lapsed.put_aside:
         event = render_id(EVENT, lapsed.event_id)
         get_logger().error(LogEvent.CALLBACK_PUT_ASIDE, event_id=event, leases_lost=lapsed.lost_leases)
-
-
-async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float) -> None:
-    """Log attempts, and what follows from each: delivered, rejected, exhausted, or due again; and what they teach about lanes.
-
-    A lease that is no longer ours leaves only the log line, marked late; but a late 2xx still ends the callback. What could
-    not be attempted is given back as it was. `now` is monotonic, as `Ended.ended_at`.
-    Locks: the shares of the lanes' merchants by id, then the due rows in event id order.
-    Repeat: an attempt that is recorded already finds its lease gone.
-    """
-    if not ended:
-        return
-    lanes = {item.callback.lane_id for item in ended}
-    await lock_shares(tx, lanes)
-    tokens = await lock_callback_due(tx, [item.callback.event_id for item in ended])
-    paces = await find_paces(tx, lanes)
-    finished: dict[UUID, str] = {}
-    again: dict[UUID, tuple[int, float]] = {}
-    attempts, exchanges = [], defaultdict(list)
-    for item in ended:
-        event_id = item.callback.event_id
-        held = tokens.get(event_id) == item.token
-        if item.attempt is None:
-            if held and event_id not in finished:
-                again[event_id] = item.callback.step, _OURS_AGAIN_SECONDS
-            continue
-        attempts.append(_logged(item, item.attempt, late=not held, now=now))
-        if item.attempt.delivered and event_id in tokens:
-            finished[event_id] = "delivered"
-        elif held and finished.get(event_id) != "delivered":
-            _conclude(item, item.attempt, finished, again)
-        if held or item.attempt.delivered:
-            exchanges[item.callback.lane_id].append(_exchange(item.attempt))
-    await append_callback_attempts(tx, attempts)
-    await finish_callbacks(tx, finished)
-    await reschedule_callbacks(tx, again)
-    lane_ids = {item.callback.event_id: item.callback.lane_id for item in ended}
-    leases_ended = Tally(lane_ids[event_id] for event_id in {*finished, *again} if tokens[event_id] is not None)
-    luck = ended[0].luck
-    await save_lanes(tx, {lane: learn(pace, exchanges[lane], luck) for lane, pace in paces.items()}, leases_ended)
-
-
-def _conclude(item: Ended, attempt: Attempt, finished: dict[UUID, str], again: dict[UUID, tuple[int, float]]) -> None:
-    """A failed attempt: 410 is the receiver's "never again", the end of the schedule is ours.
-
-    One out of turn uses no step, nor does one that failed by our fault.
-    """
-    event_id, step, out_of_turn = item.callback.event_id, item.callback.step, item.callback.resume_at is not None
-    if attempt.ours:
-        again[event_id] = (step, _OURS_AGAIN_SECONDS)
-        return
-    delay_seconds = callback_delay(0 if out_of_turn else step, item.luck, attempt.retry_after_seconds)
-    if attempt.http_status == HTTPStatus.GONE:
-        finished[event_id] = "rejected"
-    elif delay_seconds is None:
-        finished[event_id] = "exhausted"
-    else:
-        again[event_id] = (step if out_of_turn else step + 1, delay_seconds)
-
-
-def _exchange(attempt: Attempt) -> Exchange:
-    """What an attempt says of its lane: "too many" and "gone" are answers of somebody who is well."""
-    asked_seconds = attempt.retry_after_seconds if attempt.http_status in _ASKING else 0.0
-    if attempt.http_status == HTTPStatus.TOO_MANY_REQUESTS or attempt.ours or attempt.error == "address_blocked":
-        return Exchange(None, attempt.duration_ms, asked_seconds)
-    healthy = attempt.delivered or attempt.http_status == HTTPStatus.GONE
-    return Exchange(healthy, attempt.duration_ms, asked_seconds)
-
-
-def _logged(item: Ended, attempt: Attempt, *, late: bool, now: float) -> CallbackAttempt:
-    callback = item.callback
-    if late:
-        LATE.inc()
-    return CallbackAttempt(
-        event_id=callback.event_id,
-        shop_id=callback.shop_id,
-        attempt_no=callback.attempt_no,
-        age_seconds=now - item.ended_at + attempt.duration_ms / 1000,
-        duration_ms=attempt.duration_ms,
-        http_status=attempt.http_status,
-        error=attempt.error,
-        response_excerpt=attempt.response_excerpt,
-        address=attempt.address,
-        late=late,
-        dns_ms=attempt.dns_ms,
-        connect_ms=attempt.connect_ms,
-        first_byte_ms=attempt.first_byte_ms,
-        reused=attempt.reused,
-        retry_after_seconds=math.ceil(attempt.retry_after_seconds) or None,
-    )

@@ -1,0 +1,139 @@
+"""The record: what came of attempts, what follows for their callbacks, and what it teaches about their lanes."""
+
+import math
+from collections import Counter as Tally
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Final
+from uuid import UUID
+
+from prometheus_client import Counter
+
+from common.db.callbacks import (
+    CallbackAttempt,
+    append_callback_attempts,
+    finish_callbacks,
+    lock_callback_due,
+    reschedule_callbacks,
+)
+from common.db.engine import Tx
+from common.db.lanes import ClaimedCallback, find_paces, lock_shares, save_lanes
+from common.domain.lane import Exchange, learn
+from common.domain.schedule import callback_delay
+from worker.callbacks.send import Attempt
+
+# An attempt that failed by our fault says nothing of the receiver: the same step again, when we may have recovered.
+_OURS_AGAIN_SECONDS: Final = 30.0
+
+# What a receiver asks for with these holds for all that goes to it.
+_ASKING: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
+
+LATE: Final = Counter(
+    "payouts_callback_attempts_late", "Attempts whose lease had passed to somebody else when they ended"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A claimed callback and how its attempt went; None: none was made, which is our fault and not the receiver's.
+
+    `luck` in [0, 1) is its share of the jitter.
+    """
+
+    callback: ClaimedCallback
+    token: UUID
+    attempt: Attempt | None
+    ended_at: float
+    luck: float
+
+
+async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float) -> None:
+    """Log attempts, and what follows from each: delivered, rejected, exhausted, or due again; and what they teach about lanes.
+
+    A lease that is no longer ours leaves only the log line, marked late; but a late 2xx still ends the callback. What could
+    not be attempted is given back as it was. `now` is monotonic, as `Ended.ended_at`.
+    Locks: the shares of the lanes' merchants by id, then the due rows in event id order.
+    Repeat: an attempt that is recorded already finds its lease gone.
+    """
+    if not ended:
+        return
+    lanes = {item.callback.lane_id for item in ended}
+    await lock_shares(tx, lanes)
+    tokens = await lock_callback_due(tx, [item.callback.event_id for item in ended])
+    paces = await find_paces(tx, lanes)
+    finished: dict[UUID, str] = {}
+    again: dict[UUID, tuple[int, float]] = {}
+    attempts, exchanges = [], defaultdict(list)
+    for item in ended:
+        event_id = item.callback.event_id
+        held = tokens.get(event_id) == item.token
+        if item.attempt is None:
+            if held and event_id not in finished:
+                again[event_id] = item.callback.step, _OURS_AGAIN_SECONDS
+            continue
+        attempts.append(_logged(item, item.attempt, late=not held, now=now))
+        if item.attempt.delivered and event_id in tokens:
+            finished[event_id] = "delivered"
+        elif held and finished.get(event_id) != "delivered":
+            _conclude(item, item.attempt, finished, again)
+        if held or item.attempt.delivered:
+            exchanges[item.callback.lane_id].append(_exchange(item.attempt))
+    await append_callback_attempts(tx, attempts)
+    await finish_callbacks(tx, finished)
+    await reschedule_callbacks(tx, again)
+    lane_ids = {item.callback.event_id: item.callback.lane_id for item in ended}
+    leases_ended = Tally(lane_ids[event_id] for event_id in {*finished, *again} if tokens[event_id] is not None)
+    luck = ended[0].luck
+    await save_lanes(tx, {lane: learn(pace, exchanges[lane], luck) for lane, pace in paces.items()}, leases_ended)
+
+
+def _conclude(item: Ended, attempt: Attempt, finished: dict[UUID, str], again: dict[UUID, tuple[int, float]]) -> None:
+    """A failed attempt: 410 is the receiver's "never again", the end of the schedule is ours.
+
+    One out of turn uses no step, nor does one that failed by our fault.
+    """
+    event_id, step, out_of_turn = item.callback.event_id, item.callback.step, item.callback.resume_at is not None
+    if attempt.ours:
+        again[event_id] = (step, _OURS_AGAIN_SECONDS)
+        return
+    delay_seconds = callback_delay(0 if out_of_turn else step, item.luck, attempt.retry_after_seconds)
+    if attempt.http_status == HTTPStatus.GONE:
+        finished[event_id] = "rejected"
+    elif delay_seconds is None:
+        finished[event_id] = "exhausted"
+    else:
+        again[event_id] = (step if out_of_turn else step + 1, delay_seconds)
+
+
+def _exchange(attempt: Attempt) -> Exchange:
+    """What an attempt says of its lane: "too many" and "gone" are answers of somebody who is well."""
+    asked_seconds = attempt.retry_after_seconds if attempt.http_status in _ASKING else 0.0
+    if attempt.http_status == HTTPStatus.TOO_MANY_REQUESTS or attempt.ours or attempt.error == "address_blocked":
+        return Exchange(None, attempt.duration_ms, asked_seconds)
+    healthy = attempt.delivered or attempt.http_status == HTTPStatus.GONE
+    return Exchange(healthy, attempt.duration_ms, asked_seconds)
+
+
+def _logged(item: Ended, attempt: Attempt, *, late: bool, now: float) -> CallbackAttempt:
+    callback = item.callback
+    if late:
+        LATE.inc()
+    return CallbackAttempt(
+        event_id=callback.event_id,
+        shop_id=callback.shop_id,
+        attempt_no=callback.attempt_no,
+        age_seconds=now - item.ended_at + attempt.duration_ms / 1000,
+        duration_ms=attempt.duration_ms,
+        http_status=attempt.http_status,
+        error=attempt.error,
+        response_excerpt=attempt.response_excerpt,
+        address=attempt.address,
+        late=late,
+        dns_ms=attempt.dns_ms,
+        connect_ms=attempt.connect_ms,
+        first_byte_ms=attempt.first_byte_ms,
+        reused=attempt.reused,
+        retry_after_seconds=math.ceil(attempt.retry_after_seconds) or None,
+    )
