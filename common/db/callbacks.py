@@ -1,6 +1,6 @@
 """Events worth telling, the callbacks that tell them, and the log of every attempt."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -111,9 +111,11 @@ _FINISH_CALLBACKS = text(
 _RESCHEDULE_CALLBACKS = text(
     """
     UPDATE callback_due d
-       SET lease_token = NULL, in_lane = true, step = r.step, lost_leases = 0, resume_at = NULL,
-           due_at = greatest(now() + make_interval(secs => r.delay_seconds), d.resume_at)
-      FROM unnest(CAST(:ids AS uuid[]), CAST(:steps AS int[]), CAST(:delays AS float8[])) AS r (event_id, step, delay_seconds)
+       SET lease_token = NULL, in_lane = true, step = r.step, lost_leases = 0,
+           resume_at = CASE WHEN r.ours THEN d.resume_at END,
+           due_at = greatest(now() + make_interval(secs => r.delay_seconds), CASE WHEN NOT r.ours THEN d.resume_at END)
+      FROM unnest(CAST(:ids AS uuid[]), CAST(:steps AS int[]), CAST(:delays AS float8[]), CAST(:ours AS boolean[]))
+        AS r (event_id, step, delay_seconds, ours)
      WHERE d.event_id = r.event_id
     """
 )
@@ -167,15 +169,25 @@ async def finish_callbacks(tx: Tx, states: dict[UUID, str]) -> None:
         await tx.execute(_FINISH_CALLBACKS, {"ids": list(states), "states": list(states.values())})
 
 
-async def reschedule_callbacks(tx: Tx, steps: dict[UUID, tuple[int, float]]) -> None:
-    """Give callbacks back: the next step of each and the seconds until it is due."""
-    if steps:
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The next step of a callback and the seconds until it is due. `ours`: as if the attempt had not been made."""
+
+    step: int
+    delay_seconds: float
+    ours: bool = False
+
+
+async def reschedule_callbacks(tx: Tx, again: Mapping[UUID, Again]) -> None:
+    """Give callbacks back, to be sent again."""
+    if again:
         await tx.execute(
             _RESCHEDULE_CALLBACKS,
             {
-                "ids": list(steps),
-                "steps": [step for step, _ in steps.values()],
-                "delays": [delay for _, delay in steps.values()],
+                "ids": list(again),
+                "steps": [item.step for item in again.values()],
+                "delays": [item.delay_seconds for item in again.values()],
+                "ours": [item.ours for item in again.values()],
             },
         )
 

@@ -40,6 +40,7 @@ _FIND_FAILING = text(
     """
     SELECT l.id FROM callback_lanes l
      WHERE l.failing_since <= now() - make_interval(secs => CAST(:seconds AS float8)) AND l.held_at IS NULL
+       AND l.blocked_until > now() - interval '1 day'
        AND EXISTS (SELECT 1 FROM callback_due d WHERE d.lane_id = l.id AND d.lease_token IS NULL)
      ORDER BY l.failing_since LIMIT CAST(:lanes_max AS int)
     """
@@ -93,7 +94,7 @@ async def mend_lanes(tx: Tx, *, behind: UUID, lanes_max: int) -> tuple[UUID | No
     rows = (await tx.execute(_PAGE, {"behind": behind, "lanes_max": lanes_max})).all()
     crooked = [row.id for row in rows if row.missing or row.late]
     if crooked:
-        await lock_shares(tx, crooked)
+        crooked = await lock_shares(tx, crooked, waits=False)
         leases = await tx.execute(_FIND_LEASES, {"lane_ids": crooked})
         await save_turns(tx, [Turn(row.id, row.missing) for row in leases])
     return (rows[-1].id if len(rows) == lanes_max else None), crooked
@@ -108,7 +109,7 @@ async def hold_failing(tx: Tx, *, failing_seconds: float, lanes_max: int) -> lis
     lane_ids = list(await tx.scalars(_FIND_FAILING, {"seconds": failing_seconds, "lanes_max": lanes_max}))
     if not lane_ids:
         return []
-    await lock_shares(tx, lane_ids)
+    lane_ids = await lock_shares(tx, lane_ids, waits=False)
     reason = f"nothing but failures for {failing_seconds / 3600:g} hours"
     return list(await tx.scalars(_HOLD, {"lane_ids": lane_ids, "reason": reason, "seconds": failing_seconds}))
 

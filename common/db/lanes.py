@@ -7,7 +7,7 @@ nothing: its row is fresh (`in_lane` false) until it is claimed, and somebody ha
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
 from uuid import UUID
@@ -20,6 +20,8 @@ from common.domain.lane import CAP_UNKNOWN, MERCHANT_UNPROVEN_MAX, SLOW_MILLISEC
 FIRST_LANE: Final = UUID(int=0)
 # Lanes that one claim looks at, and leases that one round gives back.
 LANES_MAX: Final = 32
+# How often a claim looks for more lanes when nothing of those that it saw fits.
+_LOOKS_MAX: Final = 8
 _LAPSED_MAX: Final = 256
 # How often a worker may be lost over a callback, until it is put aside for people: it may be what kills them.
 LOST_LEASES_MAX: Final = 5
@@ -30,7 +32,7 @@ _LOST_APART_SECONDS: Final = 30.0
 class Room:
     """How many callbacks one worker can take: in all, of those that failed before, of lanes that are slow, and per lane.
 
-    `busy`: what the worker has in flight, by lane.
+    `busy`: what the worker has in flight, by lane; `busy_merchants`: by merchant, who may have as much here as one lane.
     """
 
     total: int
@@ -38,6 +40,7 @@ class Room:
     slow: int
     lane: int
     busy: Mapping[UUID, int]
+    busy_merchants: Mapping[UUID, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class ClaimedCallback:
     event_id: UUID
     shop_id: UUID
     lane_id: UUID
+    merchant_id: UUID
     step: int
     attempt_no: int
     url: str
@@ -110,38 +114,45 @@ _LOCK_SHARES, _LOCK_FREE_SHARES = text(_SHARES_OF_LANES), text(f"{_SHARES_OF_LAN
 # probe with a limit, so that on a table nobody has analysed it still goes by index. Of that one of each lane, then a second of
 # each, and so on, first the lane from which none was taken for longest, while there is room: the lane's own, its merchant's,
 # and the worker's for what is slow and for what failed before. Each is counted among those that had room so far: what has none
-# takes none away.
+# takes none away. What a lane has earned above the unknown is its own; the rest is shared by the lanes of its merchant.
 _CLAIM = text(
     """
     WITH places AS (
       SELECT unnest(CAST(:lane_ids AS uuid[])) AS lane_id),
     busy AS (
       SELECT * FROM unnest(CAST(:busy_lanes AS uuid[]), CAST(:busy_counts AS int[])) AS b (lane_id, calls)),
+    busy_merchants AS (
+      SELECT * FROM unnest(CAST(:busy_merchants AS uuid[]), CAST(:merchant_counts AS int[])) AS b (merchant_id, calls)),
     lanes AS (
       SELECT l.id, l.merchant_id, l.taken_at, merchant.room AS merchant_room,
              coalesce(l.latency_ms > CAST(:slow_ms AS int), true) AS slow,
+             greatest(l.cap - CAST(:cap_unknown AS int), 0) - l.in_flight AS earned,
              CASE WHEN l.held_at IS NULL AND l.blocked_until <= now() THEN greatest(0, least(
-                    l.cap - l.in_flight, CAST(:lane_max AS int) - coalesce(busy.calls, 0), CAST(:total_room AS int))) ELSE 0
+                    l.cap - l.in_flight, CAST(:lane_max AS int) - coalesce(busy.calls, 0),
+                    CAST(:lane_max AS int) - coalesce(busy_merchants.calls, 0), CAST(:total_room AS int))) ELSE 0
              END AS room
         FROM places CROSS JOIN LATERAL (SELECT * FROM callback_lanes WHERE id = places.lane_id LIMIT 1) l
         LEFT JOIN busy ON busy.lane_id = l.id
+        LEFT JOIN busy_merchants ON busy_merchants.merchant_id = l.merchant_id
        CROSS JOIN LATERAL (
-         SELECT CAST(:unproven_max AS int) + sum(greatest(a.cap - CAST(:cap_unknown AS int), 0)) - sum(a.in_flight) AS room
-           FROM callback_lanes a WHERE a.merchant_id = l.merchant_id) merchant),
+         SELECT CAST(:unproven_max AS int) - coalesce(sum(least(CAST(:cap_unknown AS int), greatest(0,
+                  a.in_flight - greatest(a.cap - CAST(:cap_unknown AS int), 0)))), 0) AS room
+           FROM callback_lanes a WHERE a.merchant_id = l.merchant_id AND a.in_flight > 0) merchant),
     ranked AS (
-      SELECT lanes.id AS lane_id, lanes.merchant_id, lanes.taken_at, lanes.slow, lanes.merchant_room, d.event_id, d.shop_id,
-             d.step, row_number() OVER (PARTITION BY lanes.id ORDER BY d.due_at, d.event_id) AS place
+      SELECT lanes.id AS lane_id, lanes.merchant_id, lanes.taken_at, lanes.slow, lanes.earned, lanes.merchant_room, d.event_id,
+             d.shop_id, d.step, row_number() OVER (PARTITION BY lanes.id ORDER BY d.due_at, d.event_id) AS place
         FROM lanes CROSS JOIN LATERAL (
          SELECT d.event_id, d.shop_id, d.step, d.due_at FROM callback_due d
           WHERE d.lane_id = lanes.id AND d.lease_token IS NULL AND d.due_at <= now()
           ORDER BY d.due_at LIMIT least(lanes.room, CAST(:each_max AS int)) FOR UPDATE SKIP LOCKED) d),
     of_lanes AS (
-      SELECT r.*, row_number() OVER (PARTITION BY merchant_id ORDER BY place, taken_at, lane_id) AS merchant_place
+      SELECT r.*, count(*) FILTER (WHERE place > earned) OVER (
+               PARTITION BY merchant_id ORDER BY place, taken_at, lane_id ROWS UNBOUNDED PRECEDING) AS merchant_place
         FROM ranked r),
     of_merchants AS (
       SELECT r.*, count(*) FILTER (WHERE slow) OVER (
                ORDER BY place, taken_at, lane_id ROWS UNBOUNDED PRECEDING) AS slow_place
-        FROM of_lanes r WHERE merchant_place <= merchant_room),
+        FROM of_lanes r WHERE place <= earned OR merchant_place <= merchant_room),
     at_pace AS (
       SELECT r.*, count(*) FILTER (WHERE step > 0) OVER (
                ORDER BY place, taken_at, lane_id ROWS UNBOUNDED PRECEDING) AS retry_place
@@ -156,9 +167,9 @@ _CLAIM = text(
          SET lease_token = CAST(:token AS uuid), attempts_made = d.attempts_made + 1, in_lane = true,
              due_at = now() + make_interval(secs => CAST(:lease_seconds AS float8))
         FROM taken WHERE d.event_id = taken.event_id AND d.shop_id = taken.shop_id
-      RETURNING d.event_id, d.shop_id, d.lane_id, d.step, d.attempts_made, d.resume_at, taken.slow)
-    SELECT places.lane_id AS place, r.event_id, r.shop_id, r.step, r.attempts_made AS attempt_no, r.slow, r.resume_at,
-           c.url, e.body, s.callback_http, s.callback_ports,
+      RETURNING d.event_id, d.shop_id, d.lane_id, d.step, d.attempts_made, d.resume_at, taken.slow, taken.merchant_id)
+    SELECT places.lane_id AS place, r.event_id, r.shop_id, r.merchant_id, r.step, r.attempts_made AS attempt_no, r.slow,
+           r.resume_at, c.url, e.body, s.callback_http, s.callback_ports,
            EXISTS (SELECT 1 FROM fitting f WHERE f.lane_id = places.lane_id) AS fits
       FROM places LEFT JOIN leased r ON r.lane_id = places.lane_id
       LEFT JOIN LATERAL (
@@ -280,25 +291,24 @@ async def claim_in_turn(tx: Tx, lease: Lease, room: Room) -> list[ClaimedCallbac
     Two statements, never one: the second sees all that was committed before the first had its locks.
     Locks: the shares of the lanes' merchants.
     """
-    ready = await tx.scalars(
-        _LOCK_READY, {"slow_room": room.slow, "slow_ms": SLOW_MILLISECONDS, "lanes_max": LANES_MAX}
-    )
-    lane_ids = list(ready)
-    # Some lanes have less than their part: so twice that, and not all that there is room for of each.
-    return await _claim(tx, lease, room, lane_ids, each_max=max(2, 2 * room.total // max(1, len(lane_ids))))
+    which = {"slow_room": room.slow, "slow_ms": SLOW_MILLISECONDS, "lanes_max": LANES_MAX}
+    claimed: list[ClaimedCallback] = []
+    for _ in range(_LOOKS_MAX):
+        lane_ids = list(await tx.scalars(_LOCK_READY, which))
+        claimed = await _claim(tx, lease, room, lane_ids)
+        if claimed or len(lane_ids) < LANES_MAX:
+            break
+    return claimed
 
 
-async def claim_told_of(
-    tx: Tx, lease: Lease, room: Room, event_ids: Sequence[UUID], *, waits: bool = True
-) -> list[ClaimedCallback]:
+async def claim_told_of(tx: Tx, lease: Lease, room: Room, event_ids: Sequence[UUID]) -> list[ClaimedCallback]:
     """Take what is due in the lanes of these callbacks, the longest due first; what does not fit waits there for its turn.
 
-    `waits` False: lanes of merchants whom somebody else holds are left as they are.
+    Lanes of merchants whom somebody else holds are left: whoever it is looks for their next callback, or the scan does.
     Locks: the shares of the lanes' merchants, by id.
     """
     lane_ids = list(await tx.scalars(_FIND_LANES, {"ids": list(event_ids)}))
-    ours = await lock_shares(tx, lane_ids, waits=waits)
-    return await _claim(tx, lease, room, ours, each_max=room.total)
+    return await _claim(tx, lease, room, await lock_shares(tx, lane_ids, waits=False))
 
 
 async def wake_lanes(tx: Tx, *, behind: UUID, overdue_seconds: float, lanes_max: int) -> tuple[UUID | None, int]:
@@ -320,9 +330,11 @@ async def wake_lanes(tx: Tx, *, behind: UUID, overdue_seconds: float, lanes_max:
 _NOTHING_FITTED_SECONDS: Final = 0.2
 
 
-async def _claim(tx: Tx, lease: Lease, room: Room, lane_ids: Sequence[UUID], *, each_max: int) -> list[ClaimedCallback]:
+async def _claim(tx: Tx, lease: Lease, room: Room, lane_ids: Sequence[UUID]) -> list[ClaimedCallback]:
     if not lane_ids:
         return []
+    # Some lanes have less than their part: so twice that, and not all that there is room for of each.
+    each_max = max(2, 2 * room.total // len(lane_ids))
     rows = (
         await tx.execute(
             _CLAIM,
@@ -333,6 +345,8 @@ async def _claim(tx: Tx, lease: Lease, room: Room, lane_ids: Sequence[UUID], *, 
                 "lease_seconds": lease.seconds,
                 "busy_lanes": list(room.busy),
                 "busy_counts": list(room.busy.values()),
+                "busy_merchants": list(room.busy_merchants),
+                "merchant_counts": list(room.busy_merchants.values()),
                 "lane_max": room.lane,
                 "total_room": room.total,
                 "retry_room": room.retries,
@@ -353,6 +367,7 @@ async def _claim(tx: Tx, lease: Lease, room: Room, lane_ids: Sequence[UUID], *, 
                     row.event_id,
                     row.shop_id,
                     row.place,
+                    row.merchant_id,
                     row.step,
                     row.attempt_no,
                     row.url,

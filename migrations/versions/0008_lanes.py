@@ -49,7 +49,7 @@ TABLES = [
       WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_cost_delay = 0)
     """,
     "CREATE INDEX callback_lanes_by_turn ON callback_lanes (ready_at)",
-    "CREATE INDEX callback_lanes_by_merchant ON callback_lanes (merchant_id)",
+    "CREATE INDEX callback_lanes_in_flight ON callback_lanes (merchant_id) WHERE in_flight > 0",
     "CREATE INDEX callback_lanes_failing ON callback_lanes (failing_since) WHERE failing_since IS NOT NULL",
     "CREATE INDEX callback_lanes_held ON callback_lanes (held_at) WHERE held_at IS NOT NULL",
     # The same id wherever it is computed, so that whoever appends a callback need not look for its lane.
@@ -142,6 +142,13 @@ GUARDS = [
       FOR EACH STATEMENT EXECUTE FUNCTION callback_lanes_of_their_shop()
     """,
     "REVOKE ALL ON FUNCTION callback_lanes_of_their_shop() FROM PUBLIC",
+    # The gateway brings forward what waits, for a merchant who wants it again; nothing else.
+    """
+    CREATE TRIGGER callback_due_brought_forward BEFORE UPDATE ON callback_due
+      FOR EACH ROW WHEN (current_user = 'payouts_gateway'
+        AND (OLD.lease_token IS NOT NULL OR NEW.due_at > now() OR NEW.in_lane))
+      EXECUTE FUNCTION refuse_change()
+    """,
     """
     CREATE TRIGGER callback_shares_stay BEFORE UPDATE OR DELETE ON callback_shares
       FOR EACH ROW EXECUTE FUNCTION refuse_change()
@@ -154,9 +161,11 @@ _PACE = (
 )
 
 GRANTS = [
+    "REVOKE INSERT ON callback_due FROM payouts_gateway",
+    "GRANT INSERT (event_id, shop_id, lane_id, attempts_made) ON callback_due TO payouts_gateway",
     *(
         f"GRANT SELECT ON callback_shares, callback_lanes TO {role}"
-        for role in ("payouts_gateway", "payouts_worker", "payouts_ops", "payouts_readonly")
+        for role in ("payouts_worker", "payouts_ops", "payouts_readonly")
     ),
     *(
         f"GRANT INSERT (merchant_id) ON callback_shares TO {role}"

@@ -32,7 +32,7 @@ from common.db.lanes import (
 from common.db.webhook_secrets import SealedWebhookSecret, find_webhook_secrets
 from common.domain.ids import EVENT, render_id
 from common.domain.lane import SLOW_MILLISECONDS
-from common.errors import AccountBusy
+from common.errors import Transient
 from common.log import LogEvent, get_logger
 from common.messaging.codec import WorkMessage
 from common.process import end_tasks
@@ -47,6 +47,8 @@ _CLAIM_MAX: Final = 128
 _RECORD_BATCH_MAX: Final = 128
 # Nobody waits for the record of an attempt, but its slot: together they cost little.
 _RECORD_LINGER_SECONDS: Final = 0.01
+# Between two tries to record what is of a merchant whom somebody else holds.
+_RECORD_AGAIN_SECONDS: Final = (0.01, 0.05)
 # Lanes with callbacks that nobody has told of, in one look; the next look goes on behind them.
 _LANES_LOOKED_AT: Final = 256
 # Longer than other transactions: an attempt that is not recorded is made again.
@@ -97,7 +99,7 @@ class Deliverer:
         self._behind = FIRST_LANE
         # One claim at a time, so that each knows how much room there is.
         self._claiming = asyncio.Lock()
-        self._records: Batcher[Ended, None] = Batcher(
+        self._records: Batcher[Ended, bool] = Batcher(
             self._record, batch_max=_RECORD_BATCH_MAX, linger_seconds=_RECORD_LINGER_SECONDS
         )
 
@@ -123,12 +125,7 @@ class Deliverer:
         for first in range(0, len(ids), _CLAIM_MAX):
             if self._leaving:
                 return False
-            told = partial(claim_told_of, event_ids=ids[first : first + _CLAIM_MAX])
-            try:
-                await self._claim(told)
-            except AccountBusy:
-                # Somebody holds a merchant's lanes for long: all others' leave now, and his are found when he lets go.
-                await self._claim(partial(told, waits=False))
+            await self._claim(partial(claim_told_of, event_ids=ids[first : first + _CLAIM_MAX]))
         return True
 
     async def _look(self) -> None:
@@ -189,10 +186,11 @@ class Deliverer:
         retries = sum(flight.callback.step > 0 for flight in flights)
         return Room(
             total=max(0, min(_CLAIM_MAX, self._room_total())),
-            retries=max(0, int(settings.callback_concurrency * settings.callback_retry_share) - retries),
-            slow=max(0, int(settings.callback_concurrency * settings.callback_slow_share) - slow),
+            retries=max(0, _share(settings.callback_concurrency, settings.callback_retry_share) - retries),
+            slow=max(0, _share(settings.callback_concurrency, settings.callback_slow_share) - slow),
             lane=settings.callback_lane_concurrency,
             busy=Tally(flight.callback.lane_id for flight in flights),
+            busy_merchants=Tally(flight.callback.merchant_id for flight in flights),
         )
 
     async def _claim(
@@ -259,18 +257,34 @@ class Deliverer:
         )
 
     async def _submit(self, ended: Ended) -> None:
-        try:
-            await self._records.submit(ended)
-        except Exception as error:
-            event = render_id(EVENT, ended.callback.event_id)
-            get_logger().error(LogEvent.ROUND_FAILED, round="record", event_id=event, error=type(error).__name__)
+        """Have an attempt recorded, again and again while its lease lasts: what is not recorded is made once more."""
+        patient_until = ended.ended_at + self._settings.callback_lease_seconds
+        failure = "AccountBusy"
+        while monotonic() < patient_until:
+            try:
+                if await self._records.submit(ended):
+                    return
+            except Transient as error:
+                failure = error.reason
+            except Exception as error:
+                failure = type(error).__name__
+                break
+            await asyncio.sleep(random.uniform(*_RECORD_AGAIN_SECONDS))  # noqa: S311 jitter
+        event = render_id(EVENT, ended.callback.event_id)
+        get_logger().error(LogEvent.ROUND_FAILED, round="record", event_id=event, error=failure)
 
-    async def _record(self, ended: Sequence[Ended]) -> list[None]:
+    async def _record(self, ended: Sequence[Ended]) -> list[bool]:
+        """Record what can be; whether each was: what is of merchants whom somebody else holds keeps nobody waiting."""
         now = monotonic()
-        await in_transaction(
-            self._engine, lambda tx: record_attempts(tx, ended, now=now), attempts_max=_RECORD_ATTEMPTS_MAX
+        left = await in_transaction(
+            self._engine, lambda tx: record_attempts(tx, ended, now=now, waits=False), attempts_max=_RECORD_ATTEMPTS_MAX
         )
-        return [None] * len(ended)
+        return [item.callback.lane_id not in left for item in ended]
+
+
+def _share(concurrency: int, share: float) -> int:
+    """How many of these, at least one: with none, what nobody knows would never become known."""
+    return max(1, int(concurrency * share))
 
 
 def _tell_of_lapsed(lapsed: Lapsed) -> None:
