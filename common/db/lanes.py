@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import text
+from sqlalchemy import Row, text
 
 from common.db.engine import Tx, arrays_of
 from common.domain.lane import CAP_UNKNOWN, MERCHANT_UNPROVEN_MAX, SLOW_MILLISECONDS, Pace
@@ -176,6 +176,20 @@ _CLAIM = text(
         SELECT c.url FROM callbacks c WHERE c.event_id = r.event_id AND c.shop_id = r.shop_id LIMIT 1) c ON true
       LEFT JOIN LATERAL (SELECT e.body FROM events e WHERE e.id = r.event_id AND e.shop_id = r.shop_id LIMIT 1) e ON true
       LEFT JOIN LATERAL (SELECT s.callback_http, s.callback_ports FROM shops s WHERE s.id = r.shop_id LIMIT 1) s ON true
+    """
+)
+
+# What is ours already by that token: the answer to the COMMIT of its claim was lost.
+_FIND_CLAIMED = text(
+    """
+    SELECT l.id AS place, l.merchant_id, d.event_id, d.shop_id, d.step, d.attempts_made AS attempt_no, d.resume_at,
+           coalesce(l.latency_ms > CAST(:slow_ms AS int), true) AS slow, c.url, e.body, s.callback_http, s.callback_ports
+      FROM callback_due d
+      JOIN callback_lanes l ON l.id = d.lane_id
+      JOIN callbacks c ON c.event_id = d.event_id AND c.shop_id = d.shop_id
+      JOIN events e ON e.id = d.event_id AND e.shop_id = d.shop_id
+      JOIN shops s ON s.id = d.shop_id
+     WHERE d.lease_token = CAST(:token AS uuid)
     """
 )
 
@@ -362,22 +376,7 @@ async def _claim(tx: Tx, lease: Lease, room: Room, lane_ids: Sequence[UUID]) -> 
     for row in rows:
         if row.event_id is not None:
             taken[row.place] += 1
-            claimed.append(
-                ClaimedCallback(
-                    row.event_id,
-                    row.shop_id,
-                    row.place,
-                    row.merchant_id,
-                    row.step,
-                    row.attempt_no,
-                    row.url,
-                    row.body,
-                    row.slow,
-                    row.resume_at,
-                    row.callback_http,
-                    row.callback_ports,
-                )
-            )
+            claimed.append(_callback(row))
     # A lane for which it was only we that had no more room is somebody else's to serve, at once.
     keeps = {lane for lane, n in taken.items() if n == 0 and (fits[lane] or room.total == 0)}
     turns = [
@@ -386,6 +385,29 @@ async def _claim(tx: Tx, lease: Lease, room: Room, lane_ids: Sequence[UUID]) -> 
     ]
     await save_turns(tx, turns)
     return claimed
+
+
+def _callback(row: Row[*tuple[Any, ...]]) -> ClaimedCallback:
+    return ClaimedCallback(
+        event_id=row.event_id,
+        shop_id=row.shop_id,
+        lane_id=row.place,
+        merchant_id=row.merchant_id,
+        step=row.step,
+        attempt_no=row.attempt_no,
+        url=row.url,
+        body=row.body,
+        slow=row.slow,
+        resume_at=row.resume_at,
+        callback_http=row.callback_http,
+        callback_ports=row.callback_ports,
+    )
+
+
+async def find_claimed(tx: Tx, lease: Lease) -> list[ClaimedCallback]:
+    """What a claim under this lease took, when nobody heard whether it was committed."""
+    rows = await tx.execute(_FIND_CLAIMED, {"token": lease.token, "slow_ms": SLOW_MILLISECONDS})
+    return [_callback(row) for row in rows]
 
 
 async def lock_shares(tx: Tx, lane_ids: Collection[UUID], *, waits: bool = True) -> list[UUID]:

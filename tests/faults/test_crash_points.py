@@ -447,12 +447,14 @@ async def test_a_worker_paused_in_a_delivery_changes_nothing_when_it_wakes_up(
         await on.assert_told_once(row.callback_attempts)
 
 
+@pytest.mark.parametrize("after", [1, 2])
 @pytest.mark.parametrize("fault", [CommitFault.LOSE_ANSWER, CommitFault.LOSE_COMMIT])
 async def test_a_delivery_whose_connection_breaks_at_commit_is_recorded_once(
-    owner: Engine, config: Settings, superuser: Superuser, fault: CommitFault
+    owner: Engine, config: Settings, superuser: Superuser, fault: CommitFault, after: int
 ) -> None:
+    """At the claim, and at what comes after it."""
     async with settled_scene(owner, config, superuser, **LONG) as on, proxy(config.database_url) as network:
-        network.fail_commits(fault, after=1)
+        network.fail_commits(fault, after=after)
         await start_behind(on, network, "callbacks")
         await until_failed(network)
         await on.until_told()

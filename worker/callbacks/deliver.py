@@ -26,6 +26,7 @@ from common.db.lanes import (
     Room,
     claim_in_turn,
     claim_told_of,
+    find_claimed,
     release_lapsed,
     wake_lanes,
 )
@@ -203,8 +204,12 @@ class Deliverer:
             started = monotonic()
             start_until = started + settings.callback_lease_seconds - settings.callback_timeout_seconds
 
+            tries = 0
+
             async def work(tx: Tx) -> tuple[list[ClaimedCallback], dict[UUID, list[SealedWebhookSecret]]]:
-                claimed = await claim(tx, lease, room)
+                nonlocal tries
+                tries += 1
+                claimed = (await find_claimed(tx, lease) if tries > 1 else []) or await claim(tx, lease, room)
                 return claimed, await find_webhook_secrets(tx, {callback.shop_id for callback in claimed})
 
             claimed, sealed = await in_transaction(self._engine, work)
