@@ -134,11 +134,14 @@ class Scene:
         return [answer.external_id for answer in answers]
 
     @asynccontextmanager
-    async def load(self, per_second: float = 60.0) -> AsyncIterator[None]:
-        """Creates at that rate while the context lasts; afterwards, every one was answered 201."""
+    async def load(self, per_second: float = 60.0, *, repeats_503: bool = False) -> AsyncIterator[None]:
+        """Creates at that rate while the context lasts; afterwards, every one was answered 201.
+
+        `repeats_503`: merchants repeat what was answered 503, as they do what nobody answered; then 200 is as good.
+        """
         before, stop = len(self.created), asyncio.Event()
         clients = [
-            asyncio.create_task(self._load(merchant, per_second / _CLIENTS, stop))
+            asyncio.create_task(self._load(merchant, per_second / _CLIENTS, stop, repeats_503=repeats_503))
             for _, merchant in zip(range(_CLIENTS), cycle(self.merchants), strict=False)
         ]
         try:
@@ -378,24 +381,24 @@ class Scene:
         for table in ("payout_due", "callback_due"):
             await execute(self.owner, f"UPDATE {table} SET due_at = now() WHERE due_at > now()")
 
-    async def _load(self, merchant: Merchant, per_second: float, stop: asyncio.Event) -> None:
+    async def _load(self, merchant: Merchant, per_second: float, stop: asyncio.Event, *, repeats_503: bool) -> None:
         async with client(self.stack.base_url, merchant) as sender:
             next_at = monotonic()
             while not stop.is_set():
-                await self._create(sender)
+                await self._create(sender, repeats_503=repeats_503)
                 next_at = max(next_at + 1 / per_second, monotonic() - 0.1)
                 try:
                     await asyncio.wait_for(stop.wait(), next_at - monotonic())
                 except TimeoutError:
                     continue
 
-    async def _create(self, sender: Client, **fields: Any) -> Created:
+    async def _create(self, sender: Client, *, repeats_503: bool = False, **fields: Any) -> Created:
         body = create_body(amount="1.00", callback_url=self.receiver.url, **fields)
         external_id = json.loads(body)["external_id"]
         started = monotonic()
         self.unanswered.add(external_id)
-        while (status := await _status(sender, body)) is None:
-            # Nobody answered: a merchant repeats the same request, and hears 200 when the first one counted.
+        while (status := await _status(sender, body)) is None or (repeats_503 and status == 503):
+            # Nobody who knows answered: a merchant repeats the same request, and hears 200 when the first one counted.
             self.repeats += 1
             await asyncio.sleep(0.02)
         self.unanswered.discard(external_id)

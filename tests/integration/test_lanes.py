@@ -544,6 +544,9 @@ async def test_claims_by_message_and_in_turn_at_once_take_nothing_twice(yard: Ya
             taken.extend(callback.event_id for callback in (await yard.claim())[1])
 
     await asyncio.gather(told_of(0), told_of(32), in_turn(), in_turn())
+    # What was told of while somebody else held its merchant, and found nobody to take it afterwards.
+    await in_transaction(yard.desk.worker, wake_all)
+    await in_turn()
     assert len(taken) == len(set(taken))
     assert sorted(taken) == ids
     assert {row.attempts_made for row in await yard.due()} == {1}

@@ -167,26 +167,26 @@ async def test_functions_that_act_as_the_owner_look_nowhere_else_and_are_for_tho
 async def test_a_lock_that_is_not_to_be_had_stops_the_migration_and_leaves_nothing(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "LOCK_TIMEOUT", "100ms")
-    assert await _upgrade_against_a_lock(server) == LOCK_NOT_AVAILABLE
+    assert await _upgrade_against_a_lock(server, monkeypatch, LOCK_TIMEOUT="100ms") == LOCK_NOT_AVAILABLE
 
 
 async def test_a_statement_that_takes_too_long_stops_the_migration_and_leaves_nothing(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "LOCK_TIMEOUT", "0")
-    monkeypatch.setattr(run, "STATEMENT_TIMEOUT", "100ms")
-    assert await _upgrade_against_a_lock(server) == QUERY_CANCELED
+    limits = {"LOCK_TIMEOUT": "0", "STATEMENT_TIMEOUT": "100ms"}
+    assert await _upgrade_against_a_lock(server, monkeypatch, **limits) == QUERY_CANCELED
 
 
-async def _upgrade_against_a_lock(server: Server) -> str | None:
-    """Upgrade while somebody else holds the table of versions; the SQLSTATE that ended it."""
+async def _upgrade_against_a_lock(server: Server, monkeypatch: pytest.MonkeyPatch, **limits: str) -> str | None:
+    """Upgrade within these limits while somebody else holds the table of versions; the SQLSTATE that ended it."""
     async with cloned(server, "template0") as url:
         await upgrade(url)
         await _unmigrate(url)
         before = await _ask(url, CATALOG)
         async with _holding(url, "LOCK TABLE alembic_version IN ACCESS EXCLUSIVE MODE"):
-            with pytest.raises(Exception, match="timeout") as refused:
+            with monkeypatch.context() as patch, pytest.raises(Exception, match="timeout") as refused:
+                for name, limit in limits.items():
+                    patch.setattr(run, name, limit)
                 await upgrade(url)
         assert await _ask(url, CATALOG) == before
         assert await upgrade(url) == newest_revision()
