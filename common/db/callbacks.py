@@ -3,12 +3,16 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeAlias
 from uuid import UUID
 
 from sqlalchemy import text
 
 from common.db.engine import Tx, arrays_of
 from common.domain.addresses import origin_of
+
+# A callback's event and shop; statements join by both, so that the planner knows that there is one row, whatever it has seen.
+CallbackKey: TypeAlias = tuple[UUID, UUID]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class Event:
         return None if self.url is None else origin_of(self.url)
 
 
-def ids_to_tell(events: Collection[Event]) -> list[tuple[UUID, UUID]]:
+def ids_to_tell(events: Collection[Event]) -> list[CallbackKey]:
     """Event and shop of those that somebody is to be called about."""
     return [(event.id, event.shop_id) for event in events if event.url is not None]
 
@@ -68,8 +72,9 @@ _APPEND_EVENTS = text(
 
 _LOCK_CALLBACK_DUE = text(
     """
-    SELECT d.event_id, d.lease_token FROM unnest(CAST(:ids AS uuid[])) AS w (id)
-      JOIN callback_due d ON d.event_id = w.id ORDER BY d.event_id FOR UPDATE OF d
+    SELECT d.event_id, d.shop_id, d.lease_token
+      FROM unnest(CAST(:ids AS uuid[]), CAST(:shop_ids AS uuid[])) AS w (event_id, shop_id)
+      JOIN callback_due d ON d.event_id = w.event_id AND d.shop_id = w.shop_id ORDER BY d.event_id FOR UPDATE OF d
     """
 )
 
@@ -101,10 +106,12 @@ _APPEND_ATTEMPTS = text(
 _FINISH_CALLBACKS = text(
     """
     WITH finished AS (
-      SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:states AS text[])) AS f (event_id, state)),
+      SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:shop_ids AS uuid[]), CAST(:states AS text[]))
+        AS f (event_id, shop_id, state)),
     done AS (
-      DELETE FROM callback_due d USING finished f WHERE d.event_id = f.event_id)
-    UPDATE callbacks c SET state = f.state, finished_at = now() FROM finished f WHERE c.event_id = f.event_id
+      DELETE FROM callback_due d USING finished f WHERE d.event_id = f.event_id AND d.shop_id = f.shop_id)
+    UPDATE callbacks c SET state = f.state, finished_at = now()
+      FROM finished f WHERE c.event_id = f.event_id AND c.shop_id = f.shop_id
     """
 )
 
@@ -114,9 +121,10 @@ _RESCHEDULE_CALLBACKS = text(
        SET lease_token = NULL, in_lane = true, step = r.step, lost_leases = 0,
            resume_at = CASE WHEN r.ours THEN d.resume_at END,
            due_at = greatest(now() + make_interval(secs => r.delay_seconds), CASE WHEN NOT r.ours THEN d.resume_at END)
-      FROM unnest(CAST(:ids AS uuid[]), CAST(:steps AS int[]), CAST(:delays AS float8[]), CAST(:ours AS boolean[]))
-        AS r (event_id, step, delay_seconds, ours)
-     WHERE d.event_id = r.event_id
+      FROM unnest(CAST(:ids AS uuid[]), CAST(:shop_ids AS uuid[]), CAST(:steps AS int[]), CAST(:delays AS float8[]),
+                  CAST(:ours AS boolean[]))
+        AS r (event_id, shop_id, step, delay_seconds, ours)
+     WHERE d.event_id = r.event_id AND d.shop_id = r.shop_id
     """
 )
 
@@ -127,13 +135,17 @@ async def append_events(tx: Tx, events: Sequence[Event]) -> None:
         await tx.execute(_APPEND_EVENTS, {**arrays_of(events, Event), "origin": [event.origin for event in events]})
 
 
-async def lock_callback_due(tx: Tx, event_ids: Sequence[UUID]) -> dict[UUID, UUID | None]:
+def _arrays(keys: Collection[CallbackKey]) -> dict[str, list[UUID]]:
+    return {"ids": [event_id for event_id, _ in keys], "shop_ids": [shop_id for _, shop_id in keys]}
+
+
+async def lock_callback_due(tx: Tx, keys: Collection[CallbackKey]) -> dict[CallbackKey, UUID | None]:
     """Lock callbacks' due rows until the transaction ends; the lease token of each that still exists.
 
     Locks: due rows in event id order.
     """
-    rows = await tx.execute(_LOCK_CALLBACK_DUE, {"ids": list(event_ids)})
-    return {row.event_id: row.lease_token for row in rows}
+    rows = await tx.execute(_LOCK_CALLBACK_DUE, _arrays(keys))
+    return {(row.event_id, row.shop_id): row.lease_token for row in rows}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +175,10 @@ async def append_callback_attempts(tx: Tx, attempts: Sequence[CallbackAttempt]) 
         await tx.execute(_APPEND_ATTEMPTS, arrays_of(attempts, CallbackAttempt))
 
 
-async def finish_callbacks(tx: Tx, states: dict[UUID, str]) -> None:
+async def finish_callbacks(tx: Tx, states: Mapping[CallbackKey, str]) -> None:
     """Callbacks that are delivered, exhausted or rejected: nothing is due any more."""
     if states:
-        await tx.execute(_FINISH_CALLBACKS, {"ids": list(states), "states": list(states.values())})
+        await tx.execute(_FINISH_CALLBACKS, {**_arrays(states), "states": list(states.values())})
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,13 +190,13 @@ class Again:
     ours: bool = False
 
 
-async def reschedule_callbacks(tx: Tx, again: Mapping[UUID, Again]) -> None:
+async def reschedule_callbacks(tx: Tx, again: Mapping[CallbackKey, Again]) -> None:
     """Give callbacks back, to be sent again."""
     if again:
         await tx.execute(
             _RESCHEDULE_CALLBACKS,
             {
-                "ids": list(again),
+                **_arrays(again),
                 "steps": [item.step for item in again.values()],
                 "delays": [item.delay_seconds for item in again.values()],
                 "ours": [item.ours for item in again.values()],
@@ -270,10 +282,11 @@ async def list_callbacks(
 async def resend_callback(tx: Tx, event_id: UUID) -> bool:
     """Make a callback due now, whatever became of it. False: no such callback, or an attempt is under way.
 
-    Locks: the callback and its due row.
+    Locks: its due row, then the callback.
     """
     target = (await tx.execute(_FIND_TARGET, {"event_id": event_id})).one_or_none()
     if target is None:
         return False
+    await lock_callback_due(tx, [(event_id, target.shop_id)])
     values = {"event_id": event_id, "shop_id": target.shop_id, "origin": origin_of(target.url)}
     return await tx.scalar(_RESEND_CALLBACK, values) is not None

@@ -14,6 +14,7 @@ from uuid import UUID
 
 from sqlalchemy import Row, text
 
+from common.db.callbacks import CallbackKey
 from common.db.engine import Tx, arrays_of
 from common.domain.lane import CAP_UNKNOWN, MERCHANT_UNPROVEN_MAX, SLOW_MILLISECONDS, Pace
 
@@ -63,6 +64,11 @@ class ClaimedCallback:
     resume_at: datetime | None
     callback_http: bool = False
     callback_ports: list[int] | None = None
+
+    @property
+    def key(self) -> CallbackKey:
+        """What its rows are found by."""
+        return self.event_id, self.shop_id
 
 
 _LOCK_READY = text(

@@ -37,25 +37,30 @@ class Replay:
     finished: bool
 
 
-_MATCHING = """
-      FROM callbacks c JOIN shops s ON s.id = c.shop_id JOIN merchants m ON m.id = s.merchant_id
-     WHERE c.state = CAST(:state AS text)
-       AND c.event_id >= CAST(:first_id AS uuid)
+_MATCHES = """c.state = CAST(:state AS text)
        AND (CAST(:merchant AS text) IS NULL OR m.code = :merchant)
        AND (CAST(:shop AS text) IS NULL OR s.code = :shop)
        AND (CAST(:origins AS text[]) IS NULL
             OR lower(substring(c.url FROM '^[A-Za-z]+://[^/?#]+')) = ANY (CAST(:origins AS text[])))
        AND (CAST(:since AS timestamptz) IS NULL OR c.created_at >= :since)
-       AND (CAST(:until AS timestamptz) IS NULL OR c.created_at < :until)"""
+       AND (CAST(:until AS timestamptz) IS NULL OR c.created_at < :until)
+       AND (CAST(:begun_at AS timestamptz) IS NULL OR c.created_at < :begun_at)"""
 
-_COUNT = text(f"SELECT count(*) {_MATCHING}")
-
+# Of so many callbacks in the order of their ids, those that match. What does not is looked at once, not again by each page.
 _PAGE = text(
     f"""
-    SELECT c.event_id {_MATCHING}
-       AND c.created_at < CAST(:begun_at AS timestamptz)
-       AND (CAST(:behind AS uuid) IS NULL OR c.event_id > :behind)
+    SELECT c.event_id
+      FROM (SELECT * FROM callbacks WHERE event_id > CAST(:behind AS uuid) ORDER BY event_id LIMIT CAST(:looks_max AS int)) c
+      JOIN shops s ON s.id = c.shop_id JOIN merchants m ON m.id = s.merchant_id
+     WHERE {_MATCHES}
      ORDER BY c.event_id LIMIT CAST(:rows_max AS int)
+    """
+)
+
+_LAST_LOOKED_AT = text(
+    """
+    SELECT event_id FROM callbacks WHERE event_id > CAST(:behind AS uuid)
+     ORDER BY event_id OFFSET CAST(:looks_max AS int) - 1 LIMIT 1
     """
 )
 
@@ -85,20 +90,49 @@ _SAVE = text(
 
 # How much earlier than its callback an event's id may have been made.
 _ID_AGE_MILLISECONDS: Final = 3_600_000
+# Callbacks that one statement looks at, so that each ends in time however few of them match.
+LOOKS_MAX: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The next callbacks that match, by their events, and where to go on; `behind` None: these are the last."""
+
+    event_ids: list[UUID]
+    behind: UUID | None
 
 
 def _values(chosen: Chosen) -> dict[str, Any]:
-    """What the statements are asked with. Ids begin with the time: there is no use in looking at those from before `since`."""
+    """What the statements are asked with."""
     values = asdict(chosen)
     origin = values.pop("origin")
+    return values | {"origins": None if origin is None else spellings_of(origin)}
+
+
+def _begin_of(chosen: Chosen) -> UUID:
+    """Ids begin with the time: there is no use in looking at those from before `since`."""
     since_ms = 0 if chosen.since is None else int(chosen.since.timestamp() * 1000)
-    first_id = UUID(int=max(0, since_ms - _ID_AGE_MILLISECONDS) << 80)
-    return values | {"first_id": first_id, "origins": None if origin is None else spellings_of(origin)}
+    return UUID(int=max(0, since_ms - _ID_AGE_MILLISECONDS) << 80)
 
 
-async def count_chosen(tx: Tx, chosen: Chosen) -> int:
-    """How many callbacks a replay would send again now."""
-    return int(await tx.scalar(_COUNT, _values(chosen)) or 0)
+async def find_page(
+    tx: Tx,
+    chosen: Chosen,
+    *,
+    behind: UUID | None,
+    begun_at: datetime | None = None,
+    rows_max: int = LOOKS_MAX,
+    looks_max: int = LOOKS_MAX,
+) -> Page:
+    """At most `rows_max` of those chosen, created before `begun_at`, among the next `looks_max` behind an event, or from the
+    first one on.
+    """
+    place = {"behind": behind or _begin_of(chosen), "looks_max": looks_max}
+    values = _values(chosen) | place | {"begun_at": begun_at, "rows_max": rows_max}
+    event_ids = list(await tx.scalars(_PAGE, values))
+    if len(event_ids) == rows_max:
+        return Page(event_ids, event_ids[-1])
+    return Page(event_ids, await tx.scalar(_LAST_LOOKED_AT, place))
 
 
 async def begin_replay(tx: Tx, replay_id: UUID, chosen: Chosen, *, per_second: int, actor: str, reason: str) -> None:
@@ -111,8 +145,10 @@ async def begin_replay(tx: Tx, replay_id: UUID, chosen: Chosen, *, per_second: i
     )
 
 
-async def replay_page(tx: Tx, replay_id: UUID, *, rows_max: int) -> Replay | None:
+async def replay_page(tx: Tx, replay_id: UUID, *, rows_max: int, looks_max: int = LOOKS_MAX) -> Replay | None:
     """Send the next few callbacks of a replay again; None: there is no such replay. Repeat: goes on where the last page ended.
+
+    Fewer than `rows_max`, or none, when few of the next `looks_max` are those that were chosen.
 
     What came after the replay was begun is none of its business, so that it ends however fast new ones come.
     Locks: the replay, the callbacks and their due rows.
@@ -120,15 +156,21 @@ async def replay_page(tx: Tx, replay_id: UUID, *, rows_max: int) -> Replay | Non
     replay = (await tx.execute(_LOCK, {"id": replay_id})).one_or_none()
     if replay is None or replay.finished:
         return None if replay is None else Replay(replay.id, replay.per_second, replay.sent, replay.passed_over, True)
-    place = {"begun_at": replay.created_at, "behind": replay.behind, "rows_max": rows_max}
-    page = list(await tx.scalars(_PAGE, _values(_parse(replay.filter)) | place))
-    sent = sum([await resend_callback(tx, event_id) for event_id in page])
+    page = await find_page(
+        tx,
+        _parse(replay.filter),
+        behind=replay.behind,
+        begun_at=replay.created_at,
+        rows_max=rows_max,
+        looks_max=looks_max,
+    )
+    sent = sum([await resend_callback(tx, event_id) for event_id in page.event_ids])
     values = {
         "id": replay_id,
-        "behind": page[-1] if page else None,
+        "behind": page.behind,
         "sent": sent,
-        "passed_over": len(page) - sent,
-        "finished": len(page) < rows_max,
+        "passed_over": len(page.event_ids) - sent,
+        "finished": page.behind is None,
     }
     return Replay(**(await tx.execute(_SAVE, values)).one()._mapping)
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from common.db.engine import Engine, Tx, in_transaction
 from common.db.ledger import append_audit
-from common.db.replays import Chosen, Replay, begin_replay, count_chosen, replay_page
+from common.db.replays import Chosen, Replay, begin_replay, find_page, replay_page
 from common.domain.addresses import origin_of
 from common.domain.ids import new_id
 from ops.cli.connect import run_changing, run_connected
@@ -22,8 +22,9 @@ from ops.cli.options import actor_option, json_option, merchant_option, parse_sh
 from ops.cli.output import show_record
 
 STATES: Final = ("exhausted", "rejected", "delivered")
-# Pages of a tenth of a second, so that a rate is kept without bursts.
+# Pages of a tenth of a second, so that a rate is kept without bursts; and none so long that others wait for its rows.
 _PAGES_PER_SECOND: Final = 10
+_PAGE_ROWS_MAX: Final = 500
 
 
 def parse_moment(text: str) -> datetime:
@@ -82,7 +83,7 @@ def replay_command(
     """
     merchant, code = shop or (merchant, None)
     chosen = Chosen(state=state, merchant=merchant, shop=code, origin=origin, since=since, until=until)
-    count = run_connected(lambda engine: in_transaction(engine, lambda tx: count_chosen(tx, chosen)))
+    count = run_connected(lambda engine: _count(engine, chosen))
     if dry_run:
         show_record({"would_be_sent": count}, as_json=as_json)
         return
@@ -105,21 +106,35 @@ def resume_command(replay_id: UUID, as_json: bool) -> None:
     _go_on(replay_id, None, as_json=as_json)
 
 
+async def _count(engine: Engine, chosen: Chosen) -> int:
+    """How many callbacks a replay would send again now."""
+    count, behind = 0, None
+    with _progress() as progress:
+        task = progress.add_task("callbacks that match", total=None)
+        while True:
+            page = await in_transaction(engine, partial(find_page, chosen=chosen, behind=behind))
+            count, behind = count + len(page.event_ids), page.behind
+            progress.update(task, completed=count)
+            if behind is None:
+                return count
+
+
 def _go_on(replay_id: UUID, count: int | None, *, as_json: bool) -> None:
     async def work(engine: Engine) -> Replay:
-        rows_max, started, done = 1, monotonic(), 0
+        rows_max, started, before = 1, monotonic(), None
         with _progress() as progress:
             task = progress.add_task("callbacks", total=count)
             while True:
                 replay = await in_transaction(engine, partial(replay_page, replay_id=replay_id, rows_max=rows_max))
                 if replay is None:
                     raise Refused(f"there is no replay {replay_id}")
-                progress.update(task, completed=replay.sent + replay.passed_over)
+                done = replay.sent + replay.passed_over
+                progress.update(task, completed=done)
                 if replay.finished:
                     return replay
-                done += rows_max
-                rows_max = max(1, replay.per_second // _PAGES_PER_SECOND)
-                await asyncio.sleep(max(0.0, started + done / replay.per_second - monotonic()))
+                before = done - rows_max if before is None else before
+                rows_max = min(max(1, replay.per_second // _PAGES_PER_SECOND), _PAGE_ROWS_MAX)
+                await asyncio.sleep(max(0.0, started + (done - before) / replay.per_second - monotonic()))
 
     replay = run_changing(work)
     show_record({"replay": replay_id, "sent": replay.sent, "passed_over": replay.passed_over}, as_json=as_json)

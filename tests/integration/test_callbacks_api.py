@@ -353,7 +353,7 @@ async def test_without_an_event_the_newest_one_is_meant(gateway: Gateway, workin
 @pytest.mark.parametrize("state", ["exhausted", "rejected"])
 async def test_a_callback_that_was_given_up_is_sent_again(gateway: Gateway, working: Desk, state: str) -> None:
     merchant, event_id = await told(gateway, working)
-    await in_transaction(working.worker, lambda tx: finish_callbacks(tx, {event_id: state}))
+    await in_transaction(working.worker, lambda tx: finish_callbacks(tx, {(event_id, merchant.shop.id): state}))
     assert [callback["state"] for callback in await show(gateway, merchant)] == [state]
 
     answer = await resend(gateway, merchant)

@@ -10,7 +10,7 @@ import pytest
 
 from common.db.engine import Engine, Tx, in_transaction
 from common.db.lanes import Lease, claim_in_turn
-from common.db.replays import Chosen, Replay, begin_replay, replay_page
+from common.db.replays import Chosen, Replay, begin_replay, find_page, replay_page
 from common.domain.ids import EVENT, render_id
 from tests.conftest import Server
 from tests.factories import Merchant, engine, environment, execute, fetch
@@ -301,6 +301,26 @@ async def test_a_replay_that_was_killed_goes_on_where_it_ended_and_sends_nothing
     (await terminal.run("callbacks", "resume", uuid4())).assert_refused("no replay")
     (await terminal.run("callbacks", "resume", "evt_1")).assert_refused("not the id of a replay")
     await assert_sound(floor.owner)
+
+
+async def test_a_replay_of_few_among_many_looks_at_each_once_and_goes_on_from_there(floor: Desk, ops: Engine) -> None:
+    many, few = await floor.merchant(), await floor.merchant()
+    await tell(floor, many, 25)
+    wanted = await tell(floor, few, 3)
+    await tell(floor, many, 25)
+    await deliver(floor, 503)
+    replay_id, chosen = uuid4(), Chosen(state="exhausted", merchant=few.code)
+    await in_transaction(ops, lambda tx: begin_replay(tx, replay_id, chosen, per_second=1_000, actor="a", reason="r"))
+    pages, finished = [], False
+    while not finished:
+        page = await in_transaction(ops, lambda tx: replay_page(tx, replay_id, rows_max=5, looks_max=10))
+        assert page is not None
+        finished = page.finished
+        pages.append(page.sent)
+    assert pages == [0, 0, 3, 3, 3, 3], "ten of 53 in each"
+    assert await pending(floor) == wanted
+    found = await in_transaction(ops, lambda tx: find_page(tx, Chosen(state="exhausted"), behind=None, looks_max=10))
+    assert (len(found.event_ids), found.behind) == (10, found.event_ids[-1])
 
 
 async def test_two_who_go_on_with_one_replay_send_everything_once(floor: Desk, ops: Engine) -> None:

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import event, text
 
 from common.db.ages import find_ages
-from common.db.callbacks import lock_callback_due, resend_callback
+from common.db.callbacks import Again, finish_callbacks, lock_callback_due, reschedule_callbacks, resend_callback
 from common.db.checks import begin_checks, check_step
 from common.db.deliveries import find_callbacks, find_payin_callbacks
 from common.db.due import (
@@ -265,7 +265,10 @@ HOT: dict[str, tuple[str, Work]] = {
     "find_expired": (WORKER, lambda _crowd: lambda tx: find_expired(tx, behind=FIRST_TO_EXPIRE, payouts_max=128)),
     "find_rail_events_due": (WORKER, lambda _crowd: lambda tx: find_rail_events_due(tx, events_max=64, payins=False)),
     "lock_rail_events": (WORKER, lambda crowd: lambda tx: lock_rail_events(tx, [("sandbox", str(i)) for i in crowd.ids])),
-    "lock_callback_due": (WORKER, lambda crowd: lambda tx: lock_callback_due(tx, crowd.ids)),
+    "lock_callback_due": (WORKER, lambda crowd: lambda tx: lock_callback_due(tx, crowd.keys)),
+    "finish_callbacks": (WORKER, lambda crowd: lambda tx: finish_callbacks(tx, dict.fromkeys(crowd.keys, "delivered"))),
+    "reschedule_callbacks": (
+        WORKER, lambda crowd: lambda tx: reschedule_callbacks(tx, dict.fromkeys(crowd.keys, Again(1, 60.0)))),
     "find_payin": (GATEWAY, lambda crowd: lambda tx: find_payin(tx, *crowd.payins[0][:2])),
     "claim_questions": (WORKER, lambda _crowd: lambda tx: claim_questions(
         tx, rail="sandbox", token=uuid4(), lease_seconds=60.0, claim_max=32, lag_seconds=0.0)),

@@ -282,7 +282,7 @@ class Deliverer:
         """Record what can be; whether each was: what is of merchants whom somebody else holds keeps nobody waiting."""
         now = monotonic()
         left = await in_transaction(
-            self._engine, lambda tx: record_attempts(tx, ended, now=now, waits=False), attempts_max=_RECORD_ATTEMPTS_MAX
+            self._engine, lambda tx: record_attempts(tx, ended, now=now), attempts_max=_RECORD_ATTEMPTS_MAX
         )
         return [item.callback.lane_id not in left for item in ended]
 

@@ -14,6 +14,7 @@ from prometheus_client import Counter
 from common.db.callbacks import (
     Again,
     CallbackAttempt,
+    CallbackKey,
     append_callback_attempts,
     finish_callbacks,
     lock_callback_due,
@@ -50,65 +51,65 @@ class Ended:
     luck: float
 
 
-async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float, waits: bool = True) -> set[UUID]:
+async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float) -> set[UUID]:
     """Log attempts, and what follows from each: delivered, rejected, exhausted, or due again; and what they teach about lanes.
 
     A lease that is no longer ours leaves only the log line, marked late; but a late 2xx still ends the callback. What could
     not be attempted is given back as it was. `now` is monotonic, as `Ended.ended_at`.
-    Returns: the lanes that were not recorded, since somebody else holds their merchants; none when it `waits`.
+    Returns: the lanes that were not recorded, since somebody else holds their merchants.
     Locks: the shares of the lanes' merchants by id, then the due rows in event id order.
     Repeat: an attempt that is recorded already finds its lease gone.
     """
     wanted = {item.callback.lane_id for item in ended}
-    lanes = set(await lock_shares(tx, wanted, waits=waits))
+    lanes = set(await lock_shares(tx, wanted, waits=False))
     ended = [item for item in ended if item.callback.lane_id in lanes]
     if not ended:
         return wanted
-    tokens = await lock_callback_due(tx, [item.callback.event_id for item in ended])
+    lane_ids = {item.callback.key: item.callback.lane_id for item in ended}
+    tokens = await lock_callback_due(tx, lane_ids)
     paces = await find_paces(tx, lanes)
-    finished: dict[UUID, str] = {}
-    again: dict[UUID, Again] = {}
+    finished: dict[CallbackKey, str] = {}
+    again: dict[CallbackKey, Again] = {}
     attempts, exchanges = [], defaultdict(list)
     for item in ended:
-        event_id = item.callback.event_id
-        held = tokens.get(event_id) == item.token
+        key = item.callback.key
+        held = tokens.get(key) == item.token
         if item.attempt is None:
-            if held and event_id not in finished:
-                again[event_id] = Again(item.callback.step, _OURS_AGAIN_SECONDS, ours=True)
+            if held and key not in finished:
+                again[key] = Again(item.callback.step, _OURS_AGAIN_SECONDS, ours=True)
             continue
         attempts.append(_logged(item, item.attempt, late=not held, now=now))
-        if item.attempt.delivered and event_id in tokens:
-            finished[event_id] = "delivered"
-        elif held and finished.get(event_id) != "delivered":
+        if item.attempt.delivered and key in tokens:
+            finished[key] = "delivered"
+        elif held and finished.get(key) != "delivered":
             _conclude(item, item.attempt, finished, again)
         if held or item.attempt.delivered:
             exchanges[item.callback.lane_id].append(_exchange(item.attempt))
     await append_callback_attempts(tx, attempts)
     await finish_callbacks(tx, finished)
     await reschedule_callbacks(tx, again)
-    lane_ids = {item.callback.event_id: item.callback.lane_id for item in ended}
-    leases_ended = Tally(lane_ids[event_id] for event_id in {*finished, *again} if tokens[event_id] is not None)
+    leases_ended = Tally(lane_ids[key] for key in {*finished, *again} if tokens[key] is not None)
     luck = ended[0].luck
     await save_lanes(tx, {lane: learn(pace, exchanges[lane], luck) for lane, pace in paces.items()}, leases_ended)
     return wanted - lanes
 
 
-def _conclude(item: Ended, attempt: Attempt, finished: dict[UUID, str], again: dict[UUID, Again]) -> None:
+def _conclude(item: Ended, attempt: Attempt, finished: dict[CallbackKey, str], again: dict[CallbackKey, Again]) -> None:
     """A failed attempt: 410 is the receiver's "never again", the end of the schedule is ours.
 
     One out of turn uses no step, nor does one that failed by our fault.
     """
-    event_id, step, out_of_turn = item.callback.event_id, item.callback.step, item.callback.resume_at is not None
+    key, step, out_of_turn = item.callback.key, item.callback.step, item.callback.resume_at is not None
     if attempt.ours:
-        again[event_id] = Again(step, _OURS_AGAIN_SECONDS, ours=True)
+        again[key] = Again(step, _OURS_AGAIN_SECONDS, ours=True)
         return
     delay_seconds = callback_delay(0 if out_of_turn else step, item.luck, attempt.retry_after_seconds)
     if attempt.http_status == HTTPStatus.GONE:
-        finished[event_id] = "rejected"
+        finished[key] = "rejected"
     elif delay_seconds is None:
-        finished[event_id] = "exhausted"
+        finished[key] = "exhausted"
     else:
-        again[event_id] = Again(step if out_of_turn else step + 1, delay_seconds)
+        again[key] = Again(step if out_of_turn else step + 1, delay_seconds)
 
 
 def _exchange(attempt: Attempt) -> Exchange:
