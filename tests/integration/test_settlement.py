@@ -26,6 +26,7 @@ from common.moving import Conclusion
 from common.recipients import Recipient
 from gateway.accept import decide_batch
 from tests.factories import execute, fetch, order
+from tests.faults.merchants import account_locked
 from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, desk
 from tests.stack import eventually
 from worker.conclusions import LOOK_UP, SUBMIT, Call, Ended, conclude
@@ -733,6 +734,24 @@ async def test_every_shop_gets_its_turn(database_url: str) -> None:
 
 
 # --- locks ----------------------------------------------------------------------------------------------------------
+
+
+async def test_whoever_records_holds_what_is_due_before_it_waits_for_an_account(database_url: str) -> None:
+    """As whoever claims, cancels and hears: due rows first, accounts last. The other way round two would wait for each other."""
+    async with desk(database_url) as working:
+        merchant = await working.merchant()
+        await working.create(merchant)
+        (call,) = await working.claim()
+        waiting = (
+            "SELECT 1 FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
+            " WHERE NOT l.granted AND a.datname = current_database()"
+        )
+        async with account_locked(working.owner, merchant.shop.id):
+            recording = asyncio.create_task(working.record(Ended(call, PAID)))
+            await eventually(lambda: fetch(working.owner, waiting), "the record waits for the account")
+            assert await fetch(working.owner, "SELECT 1 FROM payout_due FOR UPDATE SKIP LOCKED") == []
+        await recording
+        assert await fetch(working.owner, "SELECT 1 FROM payout_due") == []
 
 
 def _answers(calls: list[Call], chance: random.Random) -> Iterator[Ended]:
