@@ -8,6 +8,7 @@ import base64
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any, Final
 
 from yarl import URL
@@ -116,6 +117,13 @@ def _address(text: str) -> str:
 
 def _ports(text: str) -> frozenset[int]:
     return frozenset(_integer(1, 65_535)(port) for port in text.split(",") if port)
+
+
+def _networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
+    try:
+        return tuple(ip_network(network.strip()) for network in text.split(",") if network.strip())
+    except ValueError:
+        raise _Nonsense("must be networks such as 192.0.2.0/24, separated by commas") from None
 
 
 def _delays(text: str) -> tuple[float, ...]:
@@ -269,6 +277,12 @@ class Settings:
         _ports,
         "80,443,8080,8443",
         "ports a callback may use, but for shops with their own; empty: any",
+    )
+    callback_networks_forbidden: tuple[IPv4Network | IPv6Network, ...] = _setting(
+        "PAYOUTS_CALLBACK_NETWORKS_FORBIDDEN",
+        _networks,
+        "",
+        "networks that no callback may reach although their addresses are public, such as our own",
     )
 
     settle_batch_max: int = _setting("PAYOUTS_SETTLE_BATCH_MAX", _integer(1, 128), "128", "payouts per claim")

@@ -100,6 +100,7 @@ class Worker:
                     private_allowed=settings.callback_private_addresses,
                     https_only=settings.callback_https_only,
                     ports=settings.callback_ports,
+                    forbidden=settings.callback_networks_forbidden,
                 )
             )
             deliverer = Deliverer(

@@ -139,6 +139,7 @@ async def _send(request: Request, settings: Settings) -> Attempt:
         private_allowed=settings.callback_private_addresses,
         https_only=settings.callback_https_only,
         ports=settings.callback_ports,
+        forbidden=settings.callback_networks_forbidden,
     ) as session:
         return await send_callback(
             session,

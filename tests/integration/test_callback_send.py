@@ -12,7 +12,7 @@ import ssl
 import warnings
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, suppress
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -513,6 +513,19 @@ def test_of_mixed_addresses_only_the_public_ones_get_a_socket() -> None:
     for private in ("::1", "::ffff:127.0.0.1", "fd00::1", "fe80::1"):
         with pytest.raises(AddressBlocked):
             guarded((socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (private, 443, 0, 0)))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::ffff:127.0.0.1]", "localhost"])
+async def test_networks_that_are_forbidden_besides_are_not_called_either(host: str) -> None:
+    """Here as if this machine's own network were public: it is let through but for the setting."""
+    forbidden = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+    async with (
+        receiver(says_nothing) as canary,
+        open_session(private_allowed=True, ports=ANY_PORT, forbidden=forbidden) as session,
+    ):
+        attempt = await send(session, f"http://{host}:{canary.port}/")
+    assert (attempt.error, attempt.address) == ("address_blocked", None)
+    assert canary.connections == 0
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::ffff:127.0.0.1]", "localhost"])

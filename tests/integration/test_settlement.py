@@ -737,7 +737,7 @@ async def test_every_shop_gets_its_turn(database_url: str) -> None:
 
 
 async def test_whoever_records_holds_what_is_due_before_it_waits_for_an_account(database_url: str) -> None:
-    """As whoever claims, cancels and hears: due rows first, accounts last. The other way round two would wait for each other."""
+    """As whoever claims, cancels and hears: due rows first, accounts last. The other way round they would deadlock."""
     async with desk(database_url) as working:
         merchant = await working.merchant()
         await working.create(merchant)

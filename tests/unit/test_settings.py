@@ -56,6 +56,7 @@ def test_everything_that_is_missing_is_named_at_once() -> None:
         *(("PAYOUTS_CALLBACK_HTTPS_ONLY", value) for value in ("yes", "", SECRET)),
         *(("PAYOUTS_CALLBACK_ATTEMPTS_KEEP_DAYS", value) for value in ("29", "3651", "", SECRET)),
         *(("PAYOUTS_CALLBACK_PORTS", value) for value in ("0", "80;443", "65536", SECRET, "80,x")),
+        *(("PAYOUTS_CALLBACK_NETWORKS_FORBIDDEN", value) for value in ("10.0.0.1/8", "2001:db8::/129", SECRET)),
         *(("PAYOUTS_LOG_FORMAT", value) for value in ("", "JSON", "text", SECRET)),
         *(("PAYOUTS_ACCEPT_BATCH_MAX", value) for value in ("0", "129", SECRET)),
         *(("PAYOUTS_DATABASE_POOL_MAX", value) for value in ("1", "101", SECRET)),
@@ -137,6 +138,12 @@ def test_the_highest_master_key_seals_and_all_of_them_open() -> None:
 def test_ports_are_read_as_a_set_and_an_empty_list_means_any() -> None:
     assert Settings.from_environ(GOOD | {"PAYOUTS_CALLBACK_PORTS": "443,8443"}).callback_ports == {443, 8443}
     assert Settings.from_environ(GOOD | {"PAYOUTS_CALLBACK_PORTS": ""}).callback_ports == frozenset()
+
+
+def test_networks_are_read_of_both_versions_and_none_is_no_network() -> None:
+    named = Settings.from_environ(GOOD | {"PAYOUTS_CALLBACK_NETWORKS_FORBIDDEN": "192.0.2.0/24, 2001:db8::/32"})
+    assert [str(network) for network in named.callback_networks_forbidden] == ["192.0.2.0/24", "2001:db8::/32"]
+    assert Settings.from_environ(GOOD).callback_networks_forbidden == ()
 
 
 def test_settings_do_not_print_what_is_secret() -> None:

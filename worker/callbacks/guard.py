@@ -5,8 +5,8 @@ to be called.
 import errno
 import socket
 from collections.abc import Sequence
-from ipaddress import ip_address
-from typing import Final
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
+from typing import Final, TypeAlias
 
 import aiodns
 import pycares
@@ -25,6 +25,8 @@ DNS_TRIES: Final = 2
 _FLAGS: Final = pycares.ARES_FLAG_NOSEARCH | pycares.ARES_FLAG_EDNS
 # What is no answer, and not the lack of one: no server of ours is there, or we cannot even ask.
 _NOT_ASKED: Final = frozenset({ARES_ECONNREFUSED, ARES_ENOMEM})
+
+Network: TypeAlias = IPv4Network | IPv6Network
 
 BLOCKED: Final = Counter(
     "payouts_callback_addresses_blocked", "Addresses that a callback was about to call and that may not be called"
@@ -48,8 +50,9 @@ class NameServersUnreachable(OSError):
         super().__init__(errno.EHOSTUNREACH, "no DNS server can be reached")
 
 
-def socket_factory(*, private_allowed: bool) -> SocketFactoryType:
-    """A factory for `aiohttp.TCPConnector` that makes sockets for public addresses, for all of IP if `private_allowed`.
+def socket_factory(*, private_allowed: bool, forbidden: Sequence[Network] = ()) -> SocketFactoryType:
+    """A factory for `aiohttp.TCPConnector` that makes sockets for public addresses, for all of IP if `private_allowed`; but
+    for none of the networks that are `forbidden` besides.
 
     It is the one place that every connection passes, whether its address came from a literal, from DNS or from a second,
     different answer of DNS. The factory raises: `AddressBlocked`.
@@ -57,7 +60,7 @@ def socket_factory(*, private_allowed: bool) -> SocketFactoryType:
 
     def make_socket(addr_info: AddrInfoType) -> socket.socket:
         family, kind, protocol, _, sockaddr = addr_info
-        if not _allowed(str(sockaddr[0]), private_allowed=private_allowed):
+        if not _allowed(str(sockaddr[0]), private_allowed, forbidden):
             BLOCKED.inc()
             raise AddressBlocked
         return socket.socket(family, kind, protocol)
@@ -65,11 +68,14 @@ def socket_factory(*, private_allowed: bool) -> SocketFactoryType:
     return make_socket
 
 
-def _allowed(address: str, *, private_allowed: bool) -> bool:
+def _allowed(text: str, private_allowed: bool, forbidden: Sequence[Network]) -> bool:
     try:
-        return is_public(ip_address(address)) or private_allowed
+        address = ip_address(text)
     except ValueError:
         return False
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return (private_allowed or is_public(address)) and not any(address in network for network in forbidden)
 
 
 class Resolver(AsyncResolver):

@@ -5,7 +5,7 @@ import errno
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from aiohttp.tracing import Trace
 from common.domain.addresses import parse_callback_url
 from common.domain.signing import sign_body, sign_webhook
 from common.log import LogEvent, get_logger
-from worker.callbacks.guard import AddressBlocked, NameServersUnreachable, Resolver, socket_factory
+from worker.callbacks.guard import AddressBlocked, NameServersUnreachable, Network, Resolver, socket_factory
 
 EXCERPT_BYTES_MAX: Final = 4096
 
@@ -134,10 +134,16 @@ class _Connector(aiohttp.TCPConnector):
     """Connections that the guard has judged; keeps the policy that URLs are judged by, and notes which one an attempt got."""
 
     def __init__(
-        self, resolver: AbstractResolver, *, private_allowed: bool, https_only: bool, ports: frozenset[int]
+        self,
+        resolver: AbstractResolver,
+        *,
+        private_allowed: bool,
+        https_only: bool,
+        ports: frozenset[int],
+        forbidden: Sequence[Network],
     ) -> None:
         self._clock = asyncio.get_running_loop().time
-        self._guarded = socket_factory(private_allowed=private_allowed)
+        self._guarded = socket_factory(private_allowed=private_allowed, forbidden=forbidden)
         super().__init__(
             resolver=resolver,
             ttl_dns_cache=_DNS_CACHE_SECONDS,
@@ -202,17 +208,21 @@ async def open_session(
     private_allowed: bool,
     ports: frozenset[int],
     https_only: bool = False,
+    forbidden: Sequence[Network] = (),
     resolver: AbstractResolver | None = None,
 ) -> AsyncIterator[aiohttp.ClientSession]:
     """The one session of a process, for `send_callback` alone.
 
     It keeps no cookies, reads no proxy and no password from the environment, unpacks nothing, and bounds what it reads.
-    `resolver` replaces the system's; how many callbacks are in flight is limited before they come here.
+    `forbidden` are networks that are not called though they are public. `resolver` replaces the system's; how many callbacks
+    are in flight is limited before they come here.
     """
     resolver = resolver or Resolver()
     try:
         async with aiohttp.ClientSession(
-            connector=_Connector(resolver, private_allowed=private_allowed, https_only=https_only, ports=ports),
+            connector=_Connector(
+                resolver, private_allowed=private_allowed, https_only=https_only, ports=ports, forbidden=forbidden
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
             auto_decompress=False,
