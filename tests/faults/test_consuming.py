@@ -208,6 +208,28 @@ async def test_one_message_that_cannot_be_claimed_holds_up_no_other(broker: Brok
         await end_tasks(running, 0)
 
 
+async def test_tells_what_it_was_to_be_told_of_by_messages_that_were_purged(stage: Scene) -> None:
+    """Fault: somebody purges the queue of callbacks while they are made, and while there is a worker."""
+    gateway, settler = await stage.start("gateway"), await stage.start("worker", "settle")
+    await stage.wait_connected(gateway, settler)
+    await stage.create(30)
+    queue = stage.topology.queue(Work.CALLBACK, 0)
+
+    async def waits() -> bool:
+        return (await stage.depths())[queue][0] > 0
+
+    await eventually(waits, "callbacks wait for a worker")
+    await control(stage.broker, "purge_queue", queue)
+    caller = await stage.start("worker", "callbacks")
+    await stage.wait_connected(caller)
+    async with stage.load(per_second=60):
+        for _ in range(5):
+            await stage.answered(20)
+            await control(stage.broker, "purge_queue", queue)
+    await stage.assert_work_flows(gateway, settler)
+    await stage.assert_all_well()
+
+
 async def test_parks_poison_when_its_publishing_connection_had_died_unused(stage: Scene, proxy: AmqpProxy) -> None:
     """Fault: a worker that publishes only what it parks lost that connection long ago, when poison comes."""
     gateway = await stage.start("gateway")

@@ -15,6 +15,7 @@ from uuid import UUID
 import pytest
 
 from common.db.engine import Engine, in_transaction
+from common.log import LogEvent
 from common.settings import Settings
 from gateway.accept import Accepted, decide_batch
 from tests.factories import Merchant, add_funded_merchant, execute, fetch, order
@@ -102,6 +103,14 @@ class Scene:
 
         return await eventually(told, "the callback is delivered", 20)
 
+    async def until_received(self, count: int) -> None:
+        """Return once so many deliveries have come to the receiver, answered or not."""
+
+        async def received() -> bool:
+            return len(self.receiver.deliveries) == count
+
+        await eventually(received, f"{count} deliveries have come")
+
     async def expire_leases(self) -> None:
         """As if the leases' time had passed; whoever holds one is dead by now."""
         await execute(self.owner, "UPDATE payout_due SET due_at = now() WHERE lease_token IS NOT NULL")
@@ -175,6 +184,15 @@ async def settled_scene(
         await on.until("success")
         assert await worker.stop() == 0
         yield on
+
+
+async def until_round_failed(worker: Process) -> None:
+    """Return once a worker has said that it could not do a round: it has waited for its database as long as it may."""
+
+    async def failed() -> bool:
+        return LogEvent.ROUND_FAILED in worker.output
+
+    await eventually(failed, "the worker says that its database does not answer")
 
 
 async def start_behind(on: Scene, network: Proxy, role: str) -> Process:
@@ -384,11 +402,7 @@ async def test_a_worker_killed_while_the_receiver_stalls_sends_the_same_event_ag
     async with settled_scene(owner, config, superuser, **LONG) as on:
         on.receiver.answering.clear()
         worker = await on.running.start("worker", "callbacks")
-
-        async def received() -> bool:
-            return len(on.receiver.deliveries) == 1
-
-        await eventually(received, "the receiver has it and stalls")
+        await on.until_received(1)
         await worker.kill()
         on.receiver.answering.set()
         await on.running.start("worker", "callbacks")
@@ -404,11 +418,7 @@ async def test_a_worker_killed_before_it_recorded_a_delivery_sends_the_same_even
     async with settled_scene(owner, config, superuser, **LONG) as on:
         on.receiver.answering.clear()
         worker = await on.running.start("worker", "callbacks")
-
-        async def received() -> bool:
-            return len(on.receiver.deliveries) == 1
-
-        await eventually(received, "the receiver has it and stalls")
+        await on.until_received(1)
         async with on.callback_row_held():
             on.receiver.answering.set()
             await on.until_waiting("callbacks", "callback_due")
@@ -427,11 +437,7 @@ async def test_a_worker_paused_in_a_delivery_changes_nothing_when_it_wakes_up(
     async with settled_scene(owner, config, superuser, **SHORT) as on:
         on.receiver.answering.clear()
         worker = await on.running.start("worker", "callbacks")
-
-        async def received() -> bool:
-            return len(on.receiver.deliveries) == 1
-
-        await eventually(received, "the receiver has it and stalls")
+        await on.until_received(1)
         worker.send(signal.SIGSTOP)
         on.receiver.answering.set()
         await on.running.start("worker", "callbacks")
@@ -462,6 +468,47 @@ async def test_a_delivery_whose_connection_breaks_at_commit_is_recorded_once(
         await on.assert_told_once(["200"])
 
 
+async def test_a_database_that_falls_silent_before_a_delivery_is_recorded_costs_no_second_call(
+    owner: Engine, config: Settings, superuser: Superuser
+) -> None:
+    impatient = LONG | {"PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS": "1"}
+    async with settled_scene(owner, config, superuser, **impatient) as on, proxy(config.database_url) as network:
+        on.receiver.answering.clear()
+        worker = await start_behind(on, network, "callbacks")
+        await on.until_received(1)
+        network.black_hole()
+        on.receiver.answering.set()
+        await until_round_failed(worker)
+        network.flow()
+        await on.until_told()
+        assert len(on.receiver.deliveries) == 1
+        await on.assert_told_once(["200"])
+
+
+async def test_a_database_that_is_silent_for_longer_than_the_lease_costs_one_call_and_loses_nothing(
+    owner: Engine, config: Settings, superuser: Superuser
+) -> None:
+    impatient = SHORT | {"PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS": "1"}
+    async with settled_scene(owner, config, superuser, **impatient) as on, proxy(config.database_url) as network:
+        on.receiver.answering.clear()
+        worker = await start_behind(on, network, "callbacks")
+        await on.until_received(1)
+        network.black_hole()
+        on.receiver.answering.set()
+        await until_round_failed(worker)
+        # Another, whose way is free, takes it over when the lease is gone.
+        await on.running.start("worker", "callbacks")
+        await on.until_told()
+        finished = await fetch(owner, "SELECT finished_at FROM callbacks")
+        network.flow()
+        assert await worker.stop() == 0
+        row = await on.row()
+        assert row.callback_attempts in (["200"], ["200 late", "200"], ["timeout late", "200"]), row
+        assert await fetch(owner, "SELECT finished_at FROM callbacks") == finished
+        assert len(on.receiver.deliveries) == 2
+        await on.assert_told_once(row.callback_attempts)
+
+
 # Signals.
 
 
@@ -485,11 +532,7 @@ async def test_one_sigterm_lets_a_delivery_end_and_exits_with_0(
     async with settled_scene(owner, config, superuser, **LONG) as on:
         on.receiver.answering.clear()
         worker = await on.running.start("worker", "callbacks")
-
-        async def received() -> bool:
-            return len(on.receiver.deliveries) == 1
-
-        await eventually(received, "the receiver has it and stalls")
+        await on.until_received(1)
         await leave(worker)
         on.receiver.answering.set()
         assert await exit_code(worker) == 0
@@ -512,6 +555,25 @@ async def test_one_sigterm_waits_no_longer_than_the_drain_and_what_was_lost_is_t
         await on.expire_leases()
         await on.until("success")
         await on.assert_settled_once()
+
+
+async def test_one_sigterm_waits_no_longer_than_the_drain_and_a_delivery_that_was_cut_uses_no_step(
+    owner: Engine, config: Settings, superuser: Superuser
+) -> None:
+    overrides = LONG | {"PAYOUTS_DRAIN_SECONDS": "1"}
+    async with settled_scene(owner, config, superuser, **overrides) as on:
+        on.receiver.answering.clear()
+        worker = await on.running.start("worker", "callbacks")
+        await on.until_received(1)
+        assert await asyncio.wait_for(worker.stop(), 5) == 0
+        (due,) = await fetch(owner, "SELECT step, attempts_made FROM callback_due")
+        assert (due.step, due.attempts_made) == (0, 1)
+        on.receiver.answering.set()
+        await on.running.start("worker", "callbacks")
+        await on.expire_leases()
+        await on.until_told()
+        assert len(on.receiver.deliveries) == 2
+        await on.assert_told_once(["200"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
