@@ -49,7 +49,7 @@ class Batcher(Generic[_Item, _Result]):
         self._waiting.append((item, future))
         if self._task is None:
             self._task = asyncio.create_task(self._run())
-        return await asyncio.shield(future)
+        return await future
 
     async def _run(self) -> None:
         try:

@@ -5,7 +5,7 @@ a signature or a recipient.
 import logging
 import sys
 from enum import StrEnum
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Final
 
 import structlog
@@ -90,11 +90,19 @@ def configure_logging(log_format: str, **bound: str) -> None:
     for name in ("aio_pika", "aiormq", "sqlalchemy.pool"):
         # What becomes of a connection is told by our own events, once; these tell it with tracebacks, several times.
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    _bound.cache_clear()
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(**bound)
 
 
 def get_logger() -> structlog.typing.FilteringBoundLogger:
     """The logger; call it with a `LogEvent` and named fields."""
-    logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+    logger: structlog.typing.FilteringBoundLogger = _bound() if structlog.is_configured() else structlog.get_logger()
+    return logger
+
+
+@cache
+def _bound() -> structlog.typing.FilteringBoundLogger:
+    """The logger as it is configured: put together once, not for every line."""
+    logger: structlog.typing.FilteringBoundLogger = structlog.get_logger().bind()
     return logger

@@ -242,7 +242,7 @@ def render_headers(webhook_id: str, secrets: list[str], timestamp: float, body: 
     Sources: Standard Webhooks 1.0.0 for `webhook-*`; the HTTP contract, "Callbacks", for `X-*`, which the newest secret signs.
     """
     seconds = int(timestamp)
-    x_timestamp = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    x_timestamp = _iso_utc(seconds)
     return {
         "webhook-id": webhook_id,
         "webhook-timestamp": str(seconds),
@@ -253,6 +253,11 @@ def render_headers(webhook_id: str, secrets: list[str], timestamp: float, body: 
         "user-agent": _user_agent(),
         "accept-encoding": "identity",
     }
+
+
+@lru_cache(maxsize=2)
+def _iso_utc(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 @cache
@@ -354,6 +359,9 @@ async def _read_excerpt(response: aiohttp.ClientResponse, deadline: float) -> by
     excerpt = bytearray()
     try:
         with suppress(Exception):
+            if response.content.is_eof():
+                # It came in one piece with the head, as most do: there is nothing to wait for.
+                return response.content.read_nowait(EXCERPT_BYTES_MAX)
             async with asyncio.timeout_at(deadline):
                 while chunk := await response.content.read(EXCERPT_BYTES_MAX - len(excerpt)):
                     excerpt += chunk
