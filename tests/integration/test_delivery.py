@@ -229,16 +229,6 @@ async def test_failures_are_repeated_at_the_contracts_delays_until_the_schedule_
         assert len(stage.receiver.calls) == len(DELAYS) + 1, "nothing is due any more"
 
 
-async def test_what_fails_together_is_sent_again_apart(database_url: str) -> None:
-    """Each has its own share of the jitter, however many are recorded in one transaction."""
-    async with staging(database_url) as stage:
-        await stage.tell(8)
-        stage.receiver.answer = "500 Down"
-        await stage.deliver()
-        rows = await fetch(stage.desk.owner, "SELECT due_at FROM callback_due WHERE step = 1")
-        assert len(rows) == len({row.due_at for row in rows}) == 8
-
-
 async def test_what_is_exhausted_can_be_sent_again(database_url: str) -> None:
     async with staging(database_url) as stage:
         (event_id,) = await stage.tell()

@@ -41,6 +41,7 @@ from tests.faults.locks import locked
 from tests.flows import Desk, assert_sound, desk, pass_callback_time, take_callbacks
 from tests.stack import eventually
 from tests.waiting import add_waiting, assert_lanes_sound, lane_of, room, rows_read
+from worker.callbacks import deliver
 from worker.callbacks.deliver import Deliverer
 from worker.callbacks.recording import Ended, record_attempts
 from worker.callbacks.send import Attempt, open_session
@@ -376,6 +377,38 @@ async def test_lanes_with_much_waiting_take_turns_however_little_room_there_is(y
         await eventually(all_served, "every lane has had its turn", PATIENCE_SECONDS)
         # Some lead is possible while lanes that were passed over rest for a moment; none of them is forgotten.
         assert max(served.values()) <= 20
+
+
+async def test_whoever_records_takes_what_there_is_room_for_in_the_same_transaction(yard: Yard) -> None:
+    async with endpoint() as receiver, delivering(yard, callback_concurrency=4) as deliverer:
+        merchant = await yard.desk.merchant()
+        await yard.wait(merchant, origin_of(receiver), count=60)
+        assert await deliverer.run_round()
+
+        async def delivered() -> bool:
+            return await yard.desk.count("callbacks", "state = 'delivered'") == 60
+
+        await eventually(delivered, "one claim was followed by all the others")
+        assert len(receiver.received) == 60
+        await assert_lanes_sound(yard.desk)
+
+
+async def test_a_record_stands_when_the_claim_beside_it_fails(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: object) -> list[ClaimedCallback]:
+        raise RuntimeError("no claim")
+
+    async with endpoint() as receiver, delivering(yard, callback_concurrency=4) as deliverer:
+        merchant = await yard.desk.merchant()
+        await yard.wait(merchant, origin_of(receiver), count=60)
+        assert await deliverer.run_round()
+        monkeypatch.setattr(deliver, "claim_in_turn", fail)
+
+        async def delivered() -> bool:
+            return await yard.desk.count("callbacks", "state = 'delivered'") == 4
+
+        await eventually(delivered, "what was sent is recorded")
+        assert len(receiver.received) == 4
+        await assert_lanes_sound(yard.desk)
 
 
 async def test_what_found_no_room_in_the_whole_of_a_claim_keeps_its_turn(yard: Yard) -> None:

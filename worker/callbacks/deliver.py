@@ -5,7 +5,7 @@ import math
 import random
 import time
 from collections import Counter as Tally
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from aiohttp import ClientSession
 from prometheus_client import Counter
 
 from common.batching import Batcher
+from common.db.callbacks import CallbackKey
 from common.db.engine import Engine, Tx, in_transaction
 from common.db.lanes import (
     FIRST_LANE,
@@ -57,6 +58,8 @@ _RECORD_ATTEMPTS_MAX: Final = 20
 # A claim for less than this part of what may be in flight waits a moment for more, so that few transactions take many.
 _ROOM_MIN_SHARE: Final = 1 / 16
 _ROOM_WAIT_SECONDS: Final = 0.02
+# Whoever records claims as well; only when nobody has for so long does a claim of its own take what little room there is.
+_CLAIM_APART_SECONDS: Final = 0.05
 
 
 LEASES_LAPSED: Final = Counter(
@@ -96,7 +99,9 @@ class Deliverer:
         self._flights: dict[asyncio.Task[None], _Flight] = {}
         self._landed = asyncio.Event()
         self._leaving = False
+        self._draining = False
         self._looked_at = -math.inf
+        self._claimed_at = -math.inf
         self._behind = FIRST_LANE
         # One claim at a time, so that each knows how much room there is.
         self._claiming = asyncio.Lock()
@@ -111,7 +116,8 @@ class Deliverer:
         await self._look()
         if not await self._await_room():
             return False
-        if await self._claim(claim_in_turn):
+        claimed, _ = await self._claim(claim_in_turn)
+        if claimed:
             return True
         # What is in flight may make room in a lane that is full.
         return bool(self._flights) and await self._await_landing()
@@ -155,14 +161,20 @@ class Deliverer:
 
     async def drain(self, deadline_seconds: float) -> None:
         """Let attempts that are under way end and be recorded, for at most that long; leases take care of the rest."""
-        await end_tasks(self._flights, deadline_seconds)
+        ends_at = monotonic() + deadline_seconds
+        self._draining = True
+        try:
+            await end_tasks(self._flights, deadline_seconds)
+            # And what a record claimed that was under way just then.
+            await end_tasks(self._flights, max(0.0, ends_at - monotonic()))
+        finally:
+            self._draining = False
 
     async def _await_room(self) -> bool:
         """Wait until there is room worth a claim, or any at all after a moment; False when we leave."""
         worth_it = max(1, int(self._settings.callback_concurrency * _ROOM_MIN_SHARE))
-        patient_until = monotonic() + _ROOM_WAIT_SECONDS
         while not self._leaving and (room := self._room_total()) < worth_it:
-            if room > 0 and monotonic() > patient_until:
+            if room > 0 and monotonic() > self._claimed_at + _CLAIM_APART_SECONDS:
                 break
             await self._await_landing()
         return not self._leaving
@@ -178,15 +190,15 @@ class Deliverer:
     def _room_total(self) -> int:
         return self._settings.callback_concurrency - len(self._flights)
 
-    def _room(self) -> Room:
-        """What may be taken now. What has been in flight for long is slow, whatever was known of its lane."""
+    def _room(self, landing: Collection[CallbackKey]) -> Room:
+        """What may be taken when these have ended. What has been in flight for long is slow, whatever was known of its lane."""
         settings = self._settings
         slow_since = monotonic() - SLOW_MILLISECONDS / 1000
-        flights = self._flights.values()
+        flights = [flight for flight in self._flights.values() if flight.callback.key not in landing]
         slow = sum(flight.callback.slow or flight.since < slow_since for flight in flights)
         retries = sum(flight.callback.step > 0 for flight in flights)
         return Room(
-            total=max(0, min(_CLAIM_MAX, self._room_total())),
+            total=max(0, min(_CLAIM_MAX, settings.callback_concurrency - len(flights))),
             retries=max(0, _share(settings.callback_concurrency, settings.callback_retry_share) - retries),
             slow=max(0, _share(settings.callback_concurrency, settings.callback_slow_share) - slow),
             lane=settings.callback_lane_concurrency,
@@ -195,32 +207,38 @@ class Deliverer:
         )
 
     async def _claim(
-        self, claim: Callable[[Tx, Lease, Room], Awaitable[list[ClaimedCallback]]]
-    ) -> list[ClaimedCallback]:
-        """One claim and the start of sending."""
-        async with self._claiming:
-            settings, room = self._settings, self._room()
-            lease = Lease(uuid4(), settings.callback_lease_seconds)
-            started = monotonic()
-            start_until = started + settings.callback_lease_seconds - settings.callback_timeout_seconds
+        self,
+        claim: Callable[[Tx, Lease, Room], Awaitable[list[ClaimedCallback]]],
+        ended: Sequence[Ended] = (),
+    ) -> tuple[list[ClaimedCallback], set[UUID]]:
+        """One claim and the start of sending; in the same transaction, before it, the record of what has ended.
 
+        Returns: what was claimed, and the lanes that were not recorded.
+        """
+        async with self._claiming:
+            settings, now = self._settings, monotonic()
+            room = self._room({item.callback.key for item in ended})
+            lease = Lease(uuid4(), settings.callback_lease_seconds)
+            start_until = now + settings.callback_lease_seconds - settings.callback_timeout_seconds
             tries = 0
 
-            async def work(tx: Tx) -> tuple[list[ClaimedCallback], dict[UUID, list[SealedWebhookSecret]]]:
+            async def work(tx: Tx) -> tuple[list[ClaimedCallback], dict[UUID, list[SealedWebhookSecret]], set[UUID]]:
                 nonlocal tries
                 tries += 1
+                left = await record_attempts(tx, ended, now=now) if ended else set()
                 claimed = (await find_claimed(tx, lease) if tries > 1 else []) or await claim(tx, lease, room)
-                return claimed, await find_webhook_secrets(tx, {callback.shop_id for callback in claimed})
+                return claimed, await find_webhook_secrets(tx, {callback.shop_id for callback in claimed}), left
 
-            claimed, sealed = await in_transaction(self._engine, work)
+            claimed, sealed, left = await in_transaction(self._engine, work)
+            self._claimed_at = monotonic()
             secrets = {shop_id: self._open(of_shop) for shop_id, of_shop in sealed.items()}
             for callback in claimed:
                 task = asyncio.create_task(
                     self._deliver(callback, secrets.get(callback.shop_id, []), lease.token, start_until)
                 )
-                self._flights[task] = _Flight(callback, started)
+                self._flights[task] = _Flight(callback, now)
                 task.add_done_callback(self._land)
-            return claimed
+            return claimed, left
 
     def _land(self, task: "asyncio.Task[None]") -> None:
         del self._flights[task]
@@ -279,7 +297,18 @@ class Deliverer:
         get_logger().error(LogEvent.ROUND_FAILED, round="record", event_id=event, error=failure)
 
     async def _record(self, ended: Sequence[Ended]) -> list[bool]:
-        """Record what can be; whether each was: what is of merchants whom somebody else holds keeps nobody waiting."""
+        """Record what can be; whether each was: what is of merchants whom somebody else holds keeps nobody waiting.
+
+        Whoever records makes room, and holds the lanes in which it is: so it claims as well, unless somebody does just then.
+        A record never fails because of a claim.
+        """
+        if not (self._leaving or self._draining or self._claiming.locked()):
+            try:
+                _, left = await self._claim(claim_in_turn, ended)
+            except Exception as error:
+                get_logger().warning(LogEvent.ROUND_FAILED, round="record and claim", error=type(error).__name__)
+            else:
+                return [item.callback.lane_id not in left for item in ended]
         now = monotonic()
         left = await in_transaction(
             self._engine, lambda tx: record_attempts(tx, ended, now=now), attempts_max=_RECORD_ATTEMPTS_MAX
