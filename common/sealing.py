@@ -67,6 +67,15 @@ class Keyring:
         except Exception as error:
             raise SealBroken(type(error).__name__) from None
 
+    def reseal(self, sealed: bytes, *, owner: UUID, row: UUID, purpose: str) -> bytes:
+        """The same value under the newest master key, still of its day: a data key seals no more values than before.
+
+        Raises: `SealBroken`.
+        """
+        plain = self.open(sealed, owner=owner, row=row, purpose=purpose)
+        _, _, day = _HEADER.unpack_from(sealed)
+        return self.seal(plain, owner=owner, row=row, purpose=purpose, now=day * _SECONDS_PER_DAY)
+
     def digest(self, content: str, *, owner: UUID) -> bytes:
         """A keyed hash of content, to compare without storing it; equal content of two owners hashes differently."""
         return hmac.digest(self.content_key, owner.bytes + content.encode(), "sha256")

@@ -18,7 +18,7 @@ from sqlalchemy.pool import NullPool
 
 from common.db.engine import driver_url
 
-ROLES = ("payouts_owner", "payouts_gateway", "payouts_worker", "payouts_ops", "payouts_readonly")
+ROLES = ("payouts_owner", "payouts_gateway", "payouts_worker", "payouts_ops", "payouts_readonly", "payouts_sealer")
 
 # Any constant will do, as long as every version of ours uses the same one.
 ADVISORY_LOCK = 0x7061796F757473
@@ -42,7 +42,7 @@ _GRANT_OWNER = """
 DO $$ BEGIN
   EXECUTE format('GRANT CREATE ON DATABASE %I TO payouts_owner', current_database());
   GRANT USAGE, CREATE ON SCHEMA public TO payouts_owner;
-  GRANT USAGE ON SCHEMA public TO payouts_gateway, payouts_worker, payouts_ops, payouts_readonly;
+  GRANT USAGE ON SCHEMA public TO payouts_gateway, payouts_worker, payouts_ops, payouts_readonly, payouts_sealer;
 END $$
 """
 

@@ -22,7 +22,7 @@ class OurPayout:
 
 
 # How a payment of the bank's may stand when we say that; None: the bank was never asked, or never booked it.
-_FITTING: Final[dict[str, frozenset[str | None]]] = {
+FITTING: Final[dict[str, frozenset[str | None]]] = {
     "success": frozenset({"paid"}),
     "refunded": frozenset({"returned"}),
     "failed": frozenset({"declined", None}),
@@ -63,9 +63,9 @@ def compare(ours: Iterable[OurPayout], theirs: Iterable[Payment]) -> list[str]:
 def _faults(payout: OurPayout, payment: Payment | None) -> Iterable[str]:
     booked = payment is not None and payment.status != "asked"
     status = payment.status if payment is not None and booked else None
-    if payout.state not in _FITTING:
+    if payout.state not in FITTING:
         yield f"it is still {payout.state} here, {status or 'unbooked'} there"
-    elif status not in _FITTING[payout.state]:
+    elif status not in FITTING[payout.state]:
         yield f"it is {payout.state} here, {status or 'unbooked'} there"
     if payment is None:
         return

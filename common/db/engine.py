@@ -27,7 +27,7 @@ _READ_ONLY: Final = "25006"
 _STATEMENT_TIMED_OUT: Final = "57014"
 
 # Everything these do goes by index; without statistics the planner may think otherwise.
-_BY_INDEX_ONLY: Final = frozenset({"payouts_gateway", "payouts_worker"})
+_BY_INDEX_ONLY: Final = frozenset({"payouts_gateway", "payouts_worker", "payouts_sealer"})
 
 _CLOSE_SECONDS: Final = 2.0
 

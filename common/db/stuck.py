@@ -9,6 +9,7 @@ from uuid import UUID
 from sqlalchemy import TextClause, text
 
 from common.db.engine import Tx
+from common.domain.ids import first_id
 
 # Groups are counted to a bound: a rail that is off may have millions waiting.
 COUNTED_MAX: Final = 1_000
@@ -223,7 +224,7 @@ async def find_stuck(tx: Tx, limits: TooOld, *, now: float, rows_max: int) -> Se
     values = {
         "overdue_seconds": limits.overdue_seconds,
         "doubt_seconds": limits.doubt_seconds,
-        "doubt_id": UUID(int=max(0, int((now - limits.doubt_seconds) * 1000)) << 80),
+        "doubt_id": first_id(now - limits.doubt_seconds),
         "rows_max": rows_max,
     }
     found: list[Stuck] = []

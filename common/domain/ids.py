@@ -21,6 +21,14 @@ def new_id() -> UUID:
     return uuid7()
 
 
+_MILLISECONDS_MAX: Final = (1 << 48) - 1
+
+
+def first_id(seconds: float) -> UUID:
+    """The least id that can be made at a moment, in Unix seconds, or later; moments out of its range are the nearest in it."""
+    return UUID(int=min(max(0, int(seconds * 1000)), _MILLISECONDS_MAX) << 80)
+
+
 def render_id(prefix: str, value: UUID) -> str:
     """The public form of an id: prefix, underscore, 26 characters that sort as the id does."""
     number = value.int

@@ -17,6 +17,8 @@ from ops.cli.database import migrate_command, verify_command
 from ops.cli.discrepancies import discrepancies_group
 from ops.cli.doctor import doctor_command
 from ops.cli.errors import Refused
+from ops.cli.export import export_command
+from ops.cli.keys import keys_group
 from ops.cli.lanes import lane_group
 from ops.cli.parked import parked_group
 from ops.cli.parties import key_group, merchant_group, shop_group
@@ -24,6 +26,7 @@ from ops.cli.payins import payin_group
 from ops.cli.payouts import payout_group
 from ops.cli.probing import preview_command, test_command
 from ops.cli.rails import rail_group
+from ops.cli.reconcile import reconcile_command
 from ops.cli.replays import replay_command, resume_command
 from ops.cli.resolving import list_waiting_command, resolve_command
 from ops.cli.sign import sign_command
@@ -44,6 +47,7 @@ _COMMANDS: Final = (
     merchant_group,
     shop_group,
     key_group,
+    keys_group,
     rail_group,
     balance_group,
     payout_group,
@@ -51,6 +55,8 @@ _COMMANDS: Final = (
     callbacks_group,
     lane_group,
     discrepancies_group,
+    reconcile_command,
+    export_command,
     parked_group,
     stuck_command,
     doctor_command,

@@ -19,6 +19,7 @@ from ops.state import FOLDER, LOCAL_DEFAULTS, find_demo, find_or_make_keys
 
 OPS: Final = "payouts_ops"
 WORKER: Final = "payouts_worker"
+SEALER: Final = "payouts_sealer"
 READONLY: Final = "payouts_readonly"
 
 _T = TypeVar("_T")
@@ -54,6 +55,18 @@ def run_opening(work: Callable[[Engine, Settings], Awaitable[_T]]) -> _T:
     """
     settings = _parse_settings(read_environment())
     return _run(settings, WORKER, lambda engine: work(engine, settings))
+
+
+def run_resealing(work: Callable[[Engine, Keyring], Awaitable[_T]]) -> tuple[_T, frozenset[int]]:
+    """What `work` returns, which seals anew what is sealed, and the ids of the master keys that are not the newest.
+
+    As `payouts_sealer`: it reads and exchanges seals, and does nothing else. Raises: `Refused`, also without keys;
+    `Unreachable`.
+    """
+    settings = _parse_settings(read_environment())
+    keyring = settings.keyring
+    done = _run(settings, SEALER, lambda engine: work(engine, keyring))
+    return done, frozenset(settings.master_keys) - {keyring.current_id}
 
 
 def run_explained(work: Coroutine[Any, Any, _T]) -> _T:

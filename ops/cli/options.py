@@ -3,14 +3,18 @@
 import getpass
 import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 from uuid import UUID
 
 import click
 
 from common.domain.ids import EVENT, parse_id
+from ops.cli.errors import Refused
+from ops.spreadsheets import FileExists, WriteRow, new_csv_file
 
 ACTOR_CHARACTERS_MAX: Final = 200
 REASON_CHARACTERS_MAX: Final = 1000
@@ -45,6 +49,15 @@ def parse_duration(seconds_max: int) -> Callable[[str], int]:
     return parse
 
 
+def parse_moment(text: str) -> datetime:
+    """A moment: ISO 8601, a date or more; in UTC unless it says otherwise."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not an ISO 8601 date or time") from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
 def parse_shop(text: str) -> tuple[str, str]:
     """The codes of `MERCHANT/SHOP`."""
     merchant, _, shop = text.partition("/")
@@ -75,6 +88,21 @@ def find_actor() -> str | None:
     return None
 
 
+@contextmanager
+def new_file(path: Path, columns: Sequence[str], *, overwrite: bool) -> Iterator[WriteRow]:
+    """Writes the rows of a CSV file that is there when all of them are. Raises: `Refused`."""
+    try:
+        with new_csv_file(path, columns, overwrite=overwrite) as write:
+            yield write
+    except FileExists as error:
+        raise Refused(f"{error}; --force replaces it") from error
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise Refused(f"{path}: {error.strerror}") from error
+
+
+force_option = click.option("--force", is_flag=True, help="Replace the file if there is one.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
 merchant_option = click.option("--merchant", metavar="CODE", help="Of this merchant only.")
 actor_option = click.option(

@@ -1,7 +1,7 @@
 """`payouts callbacks replay`: many callbacks sent again, at a rate; whoever is interrupted goes on where it ended."""
 
 import asyncio
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from time import monotonic
 from typing import Final
@@ -18,22 +18,21 @@ from common.domain.addresses import origin_of
 from common.domain.ids import new_id
 from ops.cli.connect import run_changing, run_connected
 from ops.cli.errors import Refused
-from ops.cli.options import actor_option, json_option, merchant_option, parse_shop, parse_uuid, reason_option
+from ops.cli.options import (
+    actor_option,
+    json_option,
+    merchant_option,
+    parse_moment,
+    parse_shop,
+    parse_uuid,
+    reason_option,
+)
 from ops.cli.output import show_record
 
 STATES: Final = ("exhausted", "rejected", "delivered")
 # Pages of a tenth of a second, so that a rate is kept without bursts; and none so long that others wait for its rows.
 _PAGES_PER_SECOND: Final = 10
 _PAGE_ROWS_MAX: Final = 500
-
-
-def parse_moment(text: str) -> datetime:
-    """A moment: ISO 8601, a date or more; in UTC unless it says otherwise."""
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not an ISO 8601 date or time") from error
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def parse_origin(text: str) -> str:

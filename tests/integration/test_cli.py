@@ -135,11 +135,14 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "shop callbacks",
         "shop freeze",
         "shop unfreeze",
+        "reconcile",
+        "keys rotate-master",
         "callbacks replay",
         "lane hold",
         "lane release",
     }
     assert asks_reason == {
+        "keys rotate-master",
         "shop callbacks",
         "shop freeze",
         "shop unfreeze",

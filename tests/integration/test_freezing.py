@@ -12,7 +12,7 @@ from common.errors import ShopNotFound
 from gateway.accept import Accepted, decide_batch
 from tests.conftest import Server
 from tests.factories import Merchant, environment, execute, fetch, order
-from tests.faults.locks import until_waiting
+from tests.faults.locks import locked, until_waiting
 from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, desk
 from tests.integration.test_stuck_cli import look
 from tests.terminal import Terminal
@@ -76,10 +76,13 @@ async def test_nothing_more_is_accepted_and_what_waits_is_sent_when_it_goes_on(t
 
 async def test_what_a_rail_has_taken_ends_as_it_ends(terminal: Terminal, floor: Desk) -> None:
     merchant = await floor.merchant()
-    taken = await floor.create(merchant, recipient="017000000001")
     in_doubt = await floor.create(merchant, recipient="017000000201")
+    hasty, settler = floor.settler(rail_timeout_seconds=0.1), floor.settler()
+    await hasty.run_round()
+    await hasty.drain(20.0)
+    await execute(floor.owner, "UPDATE payout_due SET due_at = now() + interval '1 hour'")
+    taken = await floor.create(merchant, recipient="017000000001")
     refused = await floor.create(merchant, recipient="017000000120")
-    settler = floor.settler(rail_timeout_seconds=0.1)
     await settler.run_round()
     await settler.drain(20.0)
     states = [await floor.state(payout_id) for payout_id in (taken, in_doubt, refused)]
@@ -118,8 +121,7 @@ async def test_once_it_is_frozen_no_create_that_was_under_way_comes_after(
 
 async def test_an_account_that_somebody_holds_is_not_frozen_half(terminal: Terminal, floor: Desk) -> None:
     merchant = await floor.merchant()
-    async with floor.owner.begin() as tx:
-        await tx.exec_driver_sql(f"SELECT 1 FROM accounts WHERE id = {merchant.shop.account_id} FOR UPDATE")
+    async with locked(floor.owner, "SELECT 1 FROM accounts WHERE id = $1 FOR UPDATE", merchant.shop.account_id):
         (await terminal.run("shop", "freeze", shop_of(merchant), *BECAUSE)).assert_refused("locked", "repeat")
 
     assert await floor.count("shops", "status <> 'active'") == await floor.count("audit", "action = 'shop.freeze'") == 0

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from time import time
 from typing import Any
 from uuid import UUID, uuid4
@@ -41,6 +42,7 @@ from common.db.due import (
     lock_due,
 )
 from common.db.engine import Engine, Tx
+from common.db.exports import Wanted, find_exported_shops, stream_callbacks, stream_entries, stream_payouts
 from common.db.feed import FEED_BEGIN, Place, read_feed
 from common.db.invariants import ACCOUNTS, RULES, WALKS, Walk
 from common.db.lanes import FIRST_LANE, Lease, Room, claim_in_turn, claim_told_of, release_lapsed, wake_lanes
@@ -48,7 +50,9 @@ from common.db.ledger import find_balance
 from common.db.payins import append_payin, claim_questions, find_payin, lock_payins
 from common.db.payouts import find_by_external_ids, find_moves, find_payout, lock_payouts
 from common.db.rail_events import find_rail_events_due, lock_rail_events
+from common.db.reconciling import find_by_references, find_moved
 from common.db.resolutions import count_doubts, list_waiting
+from common.db.sealed import COLUMNS, SealedValue, count_sealed, find_sealed_otherwise, save_sealed_anew
 from common.db.stuck import TooOld, find_stuck
 from common.db.webhook_secrets import find_webhook_secrets
 from gateway.accept import Accepted, decide_batch
@@ -240,7 +244,19 @@ def _claim() -> Claim:
 
 
 Work = Callable[[Crowd], Callable[[Tx], Awaitable[Any]]]
-GATEWAY, WORKER, OPS, READONLY = "payouts_gateway", "payouts_worker", "payouts_ops", "payouts_readonly"
+GATEWAY, WORKER, OPS, READONLY, SEALER = (
+    f"payouts_{name}" for name in ("gateway", "worker", "ops", "readonly", "sealer")
+)
+SEALED_PAYOUTS = next(column for column in COLUMNS if column.table == "payouts")
+
+
+async def _read_all(stream: Any, tx: Tx, crowd: Crowd) -> None:
+    """What an export reads of one merchant among others."""
+    wanted = Wanted(crowd.merchant.code, None, datetime(2026, 1, 1, tzinfo=UTC), datetime(2999, 1, 1, tzinfo=UTC))
+    async for _ in stream(tx, wanted, await find_exported_shops(tx, wanted)):
+        pass
+
+
 FIRST_SHOP = UUID(int=0)
 
 HOT: dict[str, tuple[str, Work]] = {
@@ -289,6 +305,18 @@ HOT: dict[str, tuple[str, Work]] = {
     "list_waiting": (OPS, lambda _crowd: lambda tx: list_waiting(tx, rows_max=50)),
     "find_ages": (WORKER, lambda _crowd: find_ages),
     "find_stuck": (READONLY, lambda _crowd: lambda tx: find_stuck(tx, TooOld(0.0, 0.0), now=time(), rows_max=21)),
+    "find_by_references": (OPS, lambda crowd: lambda tx: find_by_references(
+        tx, [*map(str, crowd.ids), *(reference for *_, reference in crowd.payins)])),
+    "find_moved": (OPS, lambda _crowd: lambda tx: find_moved(
+        tx, "sandbox", since=datetime(2026, 1, 1, tzinfo=UTC), until=datetime(2999, 1, 1, tzinfo=UTC), behind=None)),
+    "find_sealed_otherwise": (SEALER, lambda _crowd: lambda tx: find_sealed_otherwise(
+        tx, SEALED_PAYOUTS, key_id=2, behind=None, rows_max=500)),
+    "count_sealed": (SEALER, lambda _crowd: lambda tx: count_sealed(tx, SEALED_PAYOUTS, behind=None)),
+    "save_sealed_anew": (SEALER, lambda crowd: lambda tx: save_sealed_anew(
+        tx, SEALED_PAYOUTS, [(SealedValue(payout_id, shop_id, b"another"), b"") for payout_id, shop_id in crowd.keys])),
+    "stream_payouts": (READONLY, lambda crowd: lambda tx: _read_all(stream_payouts, tx, crowd)),
+    "stream_entries": (READONLY, lambda crowd: lambda tx: _read_all(stream_entries, tx, crowd)),
+    "stream_callbacks": (READONLY, lambda crowd: lambda tx: _read_all(stream_callbacks, tx, crowd)),
     "list_put_aside": (OPS, lambda _crowd: list_put_aside),
     "read_feed": (GATEWAY, lambda crowd: lambda tx: read_feed(
         tx, crowd.merchant.shop.id, after=FEED_BEGIN, with_payins=False, rows_max=201)),

@@ -21,15 +21,25 @@ from common.db.tables import metadata
 from common.domain.payin import MOVES as PAYIN_MOVES
 from common.domain.payin import PayinState
 from common.domain.payout import MOVES, STAGES, State
+from ops.onboarding import add_http_rail
 from tests.conftest import Server
 from tests.factories import engine, execute, fetch
 from tests.flows import Desk, assert_sound, cloned, desk
 
-OWNER, GATEWAY, WORKER, OPS, READONLY = (
-    f"payouts_{name}" for name in ("owner", "gateway", "worker", "ops", "readonly")
+OWNER, GATEWAY, WORKER, OPS, READONLY, SEALER = (
+    f"payouts_{name}" for name in ("owner", "gateway", "worker", "ops", "readonly", "sealer")
 )
-APPLICATION = (GATEWAY, WORKER, OPS, READONLY)
+APPLICATION = (GATEWAY, WORKER, OPS, READONLY, SEALER)
 NOT_ALLOWED = "42501"
+
+
+# Where sealed values stand.
+_SEALED = {
+    "rails": "secret_sealed",
+    "api_keys": "secret_sealed",
+    "webhook_secrets": "sealed",
+    "payouts": "recipient_sealed",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +80,14 @@ async def _tell_a_story(desk: Desk) -> dict[str, str]:
         for name, amount_minor in {"paid_in": 1000, "failed_in": 1002, "pending_in": 1006}.items()
     }
     await desk.collect()
+    await add_http_rail(
+        desk.owner,
+        desk.settings.keyring,
+        name="a-bank",
+        base_url="http://localhost",
+        authoritative=False,
+        actor="tests",
+    )
     await execute(
         desk.worker,
         "INSERT INTO discrepancies (id, rail, reference, word, kind)"
@@ -623,6 +641,28 @@ CASES: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("readers read a sealed recipient", READONLY, NOT_ALLOWED, ("SELECT recipient_sealed FROM payouts",)),
     ("readers read a key's secret", READONLY, NOT_ALLOWED, ("SELECT secret_sealed FROM api_keys",)),
     ("readers read a webhook's secret", READONLY, NOT_ALLOWED, ("SELECT sealed FROM webhook_secrets",)),
+    *(
+        (f"the sealer puts {what} in the place of a seal of {table}", SEALER, f"{table}_sealed_anew", (
+            f"UPDATE {table} SET {column} = {other.format(column)}",))
+        for table, column in _SEALED.items()
+        for what, other in {
+            "nothing": "''::bytea",
+            "half of it": "substring({0} FROM 1 FOR 20)",
+            "one of the same key": "set_byte({0}, 20, 255 - get_byte({0}, 20))",
+            "one of an older key": "set_byte({0}, 2, 0)",
+            "one of another format": "set_byte(set_byte({0}, 2, 9), 0, 2)",
+            "one of another day": "set_byte(set_byte({0}, 2, 9), 6, 255 - get_byte({0}, 6))",
+        }.items()
+    ),
+    *(
+        (f"{role} exchanges a seal of {table}", role, NOT_ALLOWED, (f"UPDATE {table} SET {column} = {column}",))
+        for table, column in _SEALED.items()
+        for role in (GATEWAY, WORKER, OPS, READONLY)
+    ),
+    ("the sealer moves a payout", SEALER, NOT_ALLOWED, ("UPDATE payouts SET state = 'failed'",)),
+    ("the sealer revives a key", SEALER, NOT_ALLOWED, ("UPDATE api_keys SET revoked_at = NULL",)),
+    ("the sealer reads the audit", SEALER, NOT_ALLOWED, ("SELECT actor FROM audit",)),
+    ("the sealer reads what a payout is about", SEALER, NOT_ALLOWED, ("SELECT amount_minor FROM payouts",)),
     ("readers lock accounts", READONLY, NOT_ALLOWED, ("SELECT lock_accounts(ARRAY[1::bigint], 1000)",)),
     *(
         (f"{role} makes tables", role, NOT_ALLOWED, ("CREATE TABLE public.mine (id int)",))
@@ -644,6 +684,9 @@ async def test_the_cases_begin_where_the_right_thing_passes(world: World) -> Non
     assert (
         await _refusal(world, WORKER, _word("{verifying}", "paid"), _end("{verifying}", "success", "capture")) is None
     )
+    for table, column in _SEALED.items():
+        newer = f"UPDATE {table} SET {column} = set_byte({column}, 2, 9)"
+        assert await _refusal(world, SEALER, newer) is None
     rotated = (_END_SECRETS, _WEBHOOK_SECRET, _END_SECRETS, _WEBHOOK_SECRET)
     assert await _refusal(world, OPS, *rotated, "SET CONSTRAINTS ALL IMMEDIATE") is None
     assert await _refusal(world, OPS, _SHOP % "false", _KEY % "'{{payouts:read}}'", _ADJUSTMENT) is None
