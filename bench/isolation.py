@@ -19,7 +19,7 @@ from sqlalchemy import text
 
 from bench.figures import Spread, percentile, spread_of
 from bench.filling import Shop, add_shops, fill, queue_payouts, tell_steadily
-from bench.scene import Scene
+from bench.scene import Scene, end_watch
 from common.db.engine import Tx, in_transaction
 from common.domain.ids import EVENT, render_id
 
@@ -138,7 +138,7 @@ async def _watching(on: Scene, dead: Shop) -> AsyncIterator[Watch]:
     try:
         yield watch
     finally:
-        looking.cancel()
+        await end_watch(looking)
 
 
 async def _run_phase(on: Scene, payout_ids: Sequence[UUID], rate: int, name: str, progress: Progress) -> Phase:

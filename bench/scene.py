@@ -4,6 +4,7 @@ Everything is in a folder that is removed afterwards. There is no broker: what w
 found by the scan.
 """
 
+import asyncio
 import os
 import shutil
 import sys
@@ -102,6 +103,13 @@ class Costs:
     def per_callback(self, before: "Costs", count: int) -> dict[str, float]:
         """Microseconds for each of `count` callbacks since then."""
         return {name: round((getattr(self, name) - getattr(before, name)) / count * 1e6, 1) for name in self.__slots__}
+
+
+async def end_watch(looking: "asyncio.Task[None]") -> None:
+    """End a task that looks at something for ever. Raises: what ended it before, for a figure that nobody took is no figure."""
+    looking.cancel()
+    with suppress(asyncio.CancelledError):
+        await looking
 
 
 def cpu_seconds(process: psutil.Process) -> float:

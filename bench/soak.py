@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from bench.figures import trend_of
 from bench.filling import add_shops, queue_payouts, tell_steadily
-from bench.scene import Scene
+from bench.scene import Scene, end_watch
 from common.db.engine import in_transaction
 
 SHOPS: Final = 100
@@ -50,9 +50,9 @@ async def measure(on: Scene, *, minutes: float, rate: int, progress: Progress) -
         started = time.time()
         event_ids = await tell_steadily(on, payout_ids, rate, lambda count: progress.update(telling, completed=count))
         seconds = time.time() - started
-        while min((len(found) for found in samples.values()), default=0) < _SAMPLES_MIN:  # noqa: ASYNC110 - a clock
-            await asyncio.sleep(_SAMPLE_SECONDS)
-        looking.cancel()
+        while not looking.done() and min((len(found) for found in samples.values()), default=0) < _SAMPLES_MIN:
+            await asyncio.wait([looking], timeout=_SAMPLE_SECONDS)
+        await end_watch(looking)
         totals = await on.ask_receiver("totals")
     return {
         "seconds": round(seconds),
