@@ -344,12 +344,12 @@ class Settings:
         "PAYOUTS_SANDBOX_SETTLE_SECONDS", _decimal(0, 3600), "60", "from `submitted` to success for recipient 0001"
     )
     callback_concurrency: int = _setting(
-        "PAYOUTS_CALLBACK_CONCURRENCY", _integer(1, 10_000), "256", "callbacks in flight per process"
+        "PAYOUTS_CALLBACK_CONCURRENCY", _integer(1, 10_000), "512", "callbacks in flight per process"
     )
     callback_lane_concurrency: int = _setting(
         "PAYOUTS_CALLBACK_LANE_CONCURRENCY",
         _integer(1, 10_000),
-        "128",
+        "256",
         "of these, to one origin of one shop: what it can hold up when it falls silent",
     )
     callback_retry_share: float = _setting(

@@ -127,7 +127,8 @@ class Deliverer:
         """Look for callbacks that can leave now and start sending them. Returns whether to look again at once."""
         await self._look()
         while not self._leaving and not self._worth_a_claim():
-            await self._await_landing()
+            # Not for the next landing: whoever records it claims as well.
+            await asyncio.sleep(_LANDING_WAIT_SECONDS)
             await self._look()
         if self._leaving:
             return False
