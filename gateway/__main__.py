@@ -26,7 +26,7 @@ async def serve(settings: Settings) -> None:
     await runner.setup()
     try:
         await web.TCPSite(runner, settings.host, settings.port, reuse_port=True).start()
-        async with admin_server(settings.admin_port, readiness):
+        async with admin_server(settings, readiness):
             get_logger().info(LogEvent.PROCESS_STARTED, port=settings.port)
             await stop.wait()
             readiness.leave()
