@@ -1,4 +1,7 @@
-"""`python -m gateway`: one gateway process. Start as many as you like; they share the port (SO_REUSEPORT)."""
+"""`python -m gateway`, or `payouts-gateway` where the product is installed: one gateway process.
+
+Start as many as you like; they share the port (SO_REUSEPORT).
+"""
 
 import os
 import sys
