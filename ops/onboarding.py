@@ -16,7 +16,7 @@ from uuid import UUID
 from sqlalchemy.exc import IntegrityError
 
 from common.db.engine import Engine, Tx, constraint_name, in_transaction
-from common.db.ledger import append_adjustment, append_audit
+from common.db.ledger import append_adjustment, append_audit, lock_accounts
 from common.db.merchants import (
     append_api_key,
     append_merchant,
@@ -26,6 +26,7 @@ from common.db.merchants import (
     save_api_key_revoked,
     save_shop_callbacks,
     save_shop_rail,
+    save_shop_status,
     save_webhook_url,
 )
 from common.db.rails import append_http_rail, delete_rail, has_rail
@@ -42,6 +43,8 @@ from common.settings import Settings
 from common.webhook_secrets import make_webhook_secret, seal_webhook_secret
 
 _T = TypeVar("_T")
+
+_ACCOUNT_WAIT_SECONDS: Final = 5.0
 
 SCOPES: Final = ("payouts:write", "payouts:read", "payins:write", "payins:read", "balance:read")
 
@@ -193,6 +196,33 @@ async def remove_rail(engine: Engine, *, name: str, reason: str, actor: str) -> 
         if not await delete_rail(tx, name):
             raise OnboardingRefused(f"there is no rail {name}")
         await append_audit(tx, actor=actor, action="rail.remove", subject=name, reason=reason)
+
+    await _audited(engine, work)
+
+
+async def freeze_shop(engine: Engine, *, merchant: str, shop: str, reason: str, actor: str) -> None:
+    """Accept nothing more for a shop, and send nothing of it that has not been sent. Raises: `OnboardingRefused`.
+
+    Locks: the shop's account, so that nothing is accepted any more once this has returned.
+    """
+
+    async def work(tx: Tx) -> None:
+        found = await _shop(tx, merchant, shop)
+        await lock_accounts(tx, [found.account_id], wait_seconds=_ACCOUNT_WAIT_SECONDS)
+        if not await save_shop_status(tx, found.id, "inactive"):
+            raise OnboardingRefused(f"the shop {merchant}/{shop} is frozen already")
+        await append_audit(tx, actor=actor, action="shop.freeze", subject=f"{merchant}/{shop}", reason=reason)
+
+    await _audited(engine, work)
+
+
+async def unfreeze_shop(engine: Engine, *, merchant: str, shop: str, reason: str, actor: str) -> None:
+    """Let a shop go on; what waits is sent within a minute. Raises: `OnboardingRefused`."""
+
+    async def work(tx: Tx) -> None:
+        if not await save_shop_status(tx, (await _shop(tx, merchant, shop)).id, "active"):
+            raise OnboardingRefused(f"the shop {merchant}/{shop} is not frozen")
+        await append_audit(tx, actor=actor, action="shop.unfreeze", subject=f"{merchant}/{shop}", reason=reason)
 
     await _audited(engine, work)
 

@@ -28,6 +28,8 @@ from worker.rails import Outcome
 
 # How long a payout that has expired is left to the sweep.
 _EXPIRED_SECONDS: Final = 60.0
+# How often it is asked whether a frozen shop may go on.
+_FROZEN_SECONDS: Final = 60.0
 
 
 async def claim_calls(
@@ -67,13 +69,17 @@ async def claim_calls(
     )
     moves: list[Move] = []
     calls: list[Call] = []
-    expired: list[UUID] = []
+    put_off: dict[UUID, float] = {}
     for payout in payouts:
         if payout.state is State.SENDING:
             moves.append(Move(payout, State.VERIFYING))
             continue
         if payout.state is State.QUEUED and payout.has_expired:
-            expired.append(payout.id)
+            # The sweep ends it; it comes by sooner.
+            put_off[payout.id] = _EXPIRED_SECONDS
+            continue
+        if payout.state is State.QUEUED and payout.is_frozen:
+            put_off[payout.id] = _FROZEN_SECONDS
             continue
         if payout.state is State.QUEUED:
             moves.append(Move(payout, State.SENDING))
@@ -102,8 +108,7 @@ async def claim_calls(
     abandoned = [move.payout.id for move in moves if move.state is State.VERIFYING]
     until_look_up = max(patience.look_up_delay(0), lag_seconds)
     await reschedule_due(tx, dict.fromkeys(abandoned, until_look_up), verifying=abandoned)
-    # The sweep ends them; it comes by sooner.
-    await reschedule_due(tx, dict.fromkeys(expired, _EXPIRED_SECONDS))
+    await reschedule_due(tx, put_off)
     for payout_id in abandoned:
         get_logger().warning(LogEvent.PAYOUT_LEASE_EXPIRED, payout=render_id(PAYOUT, payout_id))
     return claimed, calls

@@ -227,14 +227,12 @@ class ListedCallback:
     created_at: datetime
 
 
-_LIST_CALLBACKS = text(
-    """
+_LISTED = """
     SELECT c.event_id, c.payout_id, c.payin_id, e.type, c.url, c.state, coalesce(made.n, 0) AS attempts,
            latest.http_status AS last_status, latest.error AS last_error,
            nullif(d.due_at, 'infinity') AS due_at, c.created_at
-      FROM callbacks c
+      FROM {source}
       JOIN events e ON e.id = c.event_id AND e.shop_id = c.shop_id
-      LEFT JOIN callback_due d ON d.event_id = c.event_id AND d.shop_id = c.shop_id
       LEFT JOIN LATERAL (SELECT count(*)::int AS n FROM callback_attempts a
                           WHERE a.event_id = c.event_id AND a.shop_id = c.shop_id
                             AND a.started_at >= c.created_at - interval '1 day') made ON true
@@ -243,9 +241,25 @@ _LIST_CALLBACKS = text(
                             AND a.started_at >= c.created_at - interval '1 day'
                           ORDER BY a.attempt_no DESC LIMIT 1) latest ON true
      WHERE (CAST(:payout_id AS uuid) IS NULL OR c.payout_id = :payout_id)
-       AND (CAST(:state AS text) IS NULL OR c.state = :state)
-     ORDER BY c.event_id DESC LIMIT :rows_max
+     {condition}
+     ORDER BY {order} DESC LIMIT :rows_max
     """
+
+_LIST_CALLBACKS = text(
+    _LISTED.format(
+        source="callbacks c LEFT JOIN callback_due d ON d.event_id = c.event_id AND d.shop_id = c.shop_id",
+        condition="AND (CAST(:state AS text) IS NULL OR c.state = :state)",
+        order="c.event_id",
+    )
+)
+
+# Who is put aside is told by the due row alone, of which there are few.
+_LIST_PUT_ASIDE = text(
+    _LISTED.format(
+        source="callback_due d JOIN callbacks c ON c.event_id = d.event_id AND c.shop_id = d.shop_id",
+        condition="AND d.due_at = 'infinity'",
+        order="d.event_id",
+    )
 )
 
 _FIND_TARGET = text("SELECT c.shop_id, c.url FROM callbacks c WHERE c.event_id = :event_id")
@@ -282,6 +296,12 @@ async def list_callbacks(
 ) -> list[ListedCallback]:
     """Callbacks, newest first, of one payout or in one state when asked."""
     rows = await tx.execute(_LIST_CALLBACKS, {"payout_id": payout_id, "state": state, "rows_max": rows_max})
+    return [ListedCallback(**row._mapping) for row in rows]
+
+
+async def list_put_aside(tx: Tx, *, payout_id: UUID | None = None, rows_max: int = 50) -> list[ListedCallback]:
+    """Callbacks that are kept for people because workers fell silent over them, newest first, of one payout when asked."""
+    rows = await tx.execute(_LIST_PUT_ASIDE, {"payout_id": payout_id, "rows_max": rows_max})
     return [ListedCallback(**row._mapping) for row in rows]
 
 

@@ -247,6 +247,14 @@ async def save_api_key_revoked(tx: Tx, public_id: str) -> bool:
     return revoked.rowcount == 1
 
 
+async def save_shop_status(tx: Tx, shop_id: UUID, status: str) -> bool:
+    """Make a shop `active` or `inactive`. False: it is so already."""
+    changed = await tx.execute(
+        update(shops).where(shops.c.id == shop_id, shops.c.status != status).values(status=status)
+    )
+    return changed.rowcount == 1
+
+
 async def save_shop_rail(tx: Tx, shop_id: UUID, rail: str) -> None:
     """Give a shop another rail for what it creates from now on."""
     await tx.execute(update(shops).where(shops.c.id == shop_id).values(rail=rail))

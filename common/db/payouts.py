@@ -176,7 +176,13 @@ class LockedPayout:
     shop_code: str
     currency_exponent: int
     webhook_url: str | None
+    shop_status: str
     locked_at: datetime
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether people have stopped its shop: what has not been sent waits."""
+        return self.shop_status != "active"
 
     @property
     def has_expired(self) -> bool:
@@ -189,7 +195,7 @@ _LOCK_PAYOUTS, _LOCK_PAYOUTS_TO_SEND = (
         f"""
         SELECT p.id, p.shop_id, p.account_id, p.external_id, p.amount_minor, p.currency,
                {recipient} AS recipient_sealed, p.callback_url, p.state, p.version, p.provider_reference, p.expires_at,
-               s.code AS shop_code, s.currency_exponent, s.webhook_url, now() AS locked_at
+               s.code AS shop_code, s.currency_exponent, s.webhook_url, s.status AS shop_status, now() AS locked_at
           FROM unnest(CAST(:ids AS uuid[])) AS w (id) JOIN payouts p ON p.id = w.id JOIN shops s ON s.id = p.shop_id
          ORDER BY p.id FOR NO KEY UPDATE OF p
         """

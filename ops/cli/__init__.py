@@ -28,6 +28,7 @@ from ops.cli.replays import replay_command, resume_command
 from ops.cli.resolving import list_waiting_command, resolve_command
 from ops.cli.sign import sign_command
 from ops.cli.simulator import simulator_command
+from ops.cli.stuck import stuck_command
 from ops.cli.webhook_secrets import secret_group
 
 # How Python shows bytes that are not UTF-8 in what comes from the operating system.
@@ -51,6 +52,7 @@ _COMMANDS: Final = (
     lane_group,
     discrepancies_group,
     parked_group,
+    stuck_command,
     doctor_command,
     verify_command,
     migrate_command,

@@ -5,7 +5,7 @@ from uuid import UUID
 
 import click
 
-from common.db.callbacks import ListedCallback, list_callbacks, resend_callback
+from common.db.callbacks import ListedCallback, list_callbacks, list_put_aside, resend_callback
 from common.db.engine import Tx, in_transaction
 from common.db.ledger import append_audit
 from common.db.stories import has_callback, has_event
@@ -16,7 +16,8 @@ from ops.cli.options import actor_option, json_option, parse_event_id, parse_sho
 from ops.cli.output import Record, show_record, show_records
 from ops.cli.payouts import find_one_payout
 
-STATES: Final = ("pending", "delivered", "exhausted", "rejected")
+PUT_ASIDE: Final = "put-aside"
+STATES: Final = ("pending", "delivered", "exhausted", "rejected", PUT_ASIDE)
 
 
 @click.group("callbacks")
@@ -27,7 +28,7 @@ def callbacks_group() -> None:
 @callbacks_group.command("list")
 @click.option("--payout", metavar="ID_OR_EXTERNAL_ID", help="Of this payout only.")
 @click.option("--shop", type=parse_shop, metavar="MERCHANT/SHOP", help="Whose external id is meant.")
-@click.option("--state", type=click.Choice(STATES), help="In this state only.")
+@click.option("--state", type=click.Choice(STATES), help="In this state only; put-aside: pending, but kept for people.")
 @click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="How many at most.")
 @json_option
 def list_callbacks_command(
@@ -37,6 +38,8 @@ def list_callbacks_command(
 
     async def work(tx: Tx) -> list[ListedCallback]:
         payout_id = None if payout is None else (await find_one_payout(tx, payout, shop)).id
+        if state == PUT_ASIDE:
+            return await list_put_aside(tx, payout_id=payout_id, rows_max=limit)
         return await list_callbacks(tx, payout_id=payout_id, state=state, rows_max=limit)
 
     if shop is not None and payout is None:

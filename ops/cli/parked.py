@@ -221,6 +221,16 @@ def _change(
         raise CheckFailed("; ".join(complaints))
 
 
+def count_parked_now() -> int:
+    """How many messages are parked. Raises: `Refused` when the broker has no queue for them, `Unreachable`."""
+
+    async def work() -> int:
+        async with _parking() as (_, _, count):
+            return count
+
+    return run_explained(work())
+
+
 @asynccontextmanager
 async def _parking() -> AsyncIterator[tuple[AbstractChannel, Topology, int]]:
     """A channel with confirms and returns, the names, and how many messages are parked. Raises: `Refused`, `Unreachable`."""

@@ -25,7 +25,9 @@ from ops.onboarding import (
     change_callbacks,
     change_rail,
     change_webhook_url,
+    freeze_shop,
     revoke_key,
+    unfreeze_shop,
 )
 
 PORT_MAX: Final = 65_535
@@ -190,6 +192,31 @@ def change_callbacks_command(
     )
     changed = {"http": http, "ports": None if ports is None else list(ports) or "default"}
     show_record({"shop": "/".join(shop)} | {k: v for k, v in changed.items() if v is not None}, as_json=as_json)
+
+
+@shop_group.command("freeze")
+@click.argument("shop", type=parse_shop, metavar="MERCHANT/SHOP")
+@reason_option
+@actor_option
+@json_option
+def freeze_shop_command(shop: tuple[str, str], reason: str, actor: str, as_json: bool) -> None:
+    """Stop MERCHANT/SHOP: its requests are answered as of an inactive shop, and what was not sent yet waits, its money held.
+
+    What a rail has taken ends as it ends, payins are credited, callbacks go on.
+    """
+    run_changing(lambda engine: freeze_shop(engine, merchant=shop[0], shop=shop[1], reason=reason, actor=actor))
+    show_record({"shop": "/".join(shop), "status": "inactive", "reason": reason}, as_json=as_json)
+
+
+@shop_group.command("unfreeze")
+@click.argument("shop", type=parse_shop, metavar="MERCHANT/SHOP")
+@reason_option
+@actor_option
+@json_option
+def unfreeze_shop_command(shop: tuple[str, str], reason: str, actor: str, as_json: bool) -> None:
+    """Let MERCHANT/SHOP go on; what waits is sent within a minute."""
+    run_changing(lambda engine: unfreeze_shop(engine, merchant=shop[0], shop=shop[1], reason=reason, actor=actor))
+    show_record({"shop": "/".join(shop), "status": "active", "reason": reason}, as_json=as_json)
 
 
 @shop_group.command("list")

@@ -133,12 +133,16 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "shop secret revoke",
         "callbacks test",
         "shop callbacks",
+        "shop freeze",
+        "shop unfreeze",
         "callbacks replay",
         "lane hold",
         "lane release",
     }
     assert asks_reason == {
         "shop callbacks",
+        "shop freeze",
+        "shop unfreeze",
         "balance topup",
         "callbacks resend",
         "discrepancies close",
@@ -632,7 +636,7 @@ async def test_the_story_tells_what_the_rail_said_and_what_spoke_against_it(
     merchant = await shop_floor.merchant()
     payout_id = await shop_floor.create(merchant, recipient="01700000301")
     await shop_floor.settle()
-    await execute(shop_floor.owner, "UPDATE rail_events SET due_at = now()")
+    await execute(shop_floor.owner, "UPDATE rail_events SET due_at = now() WHERE applied_at IS NULL")
     await hear(shop_floor.worker)
 
     story = (await terminal.run("payout", "show", render_id(PAYOUT, payout_id), "--json")).document["story"]

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import time
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -17,7 +18,14 @@ import pytest
 from sqlalchemy import event, text
 
 from common.db.ages import find_ages
-from common.db.callbacks import Again, finish_callbacks, lock_callback_due, reschedule_callbacks, resend_callback
+from common.db.callbacks import (
+    Again,
+    finish_callbacks,
+    list_put_aside,
+    lock_callback_due,
+    reschedule_callbacks,
+    resend_callback,
+)
 from common.db.checks import begin_checks, check_step
 from common.db.deliveries import find_callbacks, find_payin_callbacks
 from common.db.due import (
@@ -41,6 +49,7 @@ from common.db.payins import append_payin, claim_questions, find_payin, lock_pay
 from common.db.payouts import find_by_external_ids, find_moves, find_payout, lock_payouts
 from common.db.rail_events import find_rail_events_due, lock_rail_events
 from common.db.resolutions import count_doubts, list_waiting
+from common.db.stuck import TooOld, find_stuck
 from common.db.webhook_secrets import find_webhook_secrets
 from gateway.accept import Accepted, decide_batch
 from tests.conftest import Server
@@ -73,6 +82,9 @@ WATCHED = (
     "payin_moves",
     "payin_words",
     "webhook_secrets",
+    "rail_events",
+    "discrepancies",
+    "resolutions",
 )
 # By name, the weeks of the log of attempts included.
 _WATCHED = f"(relname = ANY (ARRAY{list(WATCHED)}) OR relname LIKE 'callback_attempts%')"
@@ -228,7 +240,7 @@ def _claim() -> Claim:
 
 
 Work = Callable[[Crowd], Callable[[Tx], Awaitable[Any]]]
-GATEWAY, WORKER = "payouts_gateway", "payouts_worker"
+GATEWAY, WORKER, OPS, READONLY = "payouts_gateway", "payouts_worker", "payouts_ops", "payouts_readonly"
 FIRST_SHOP = UUID(int=0)
 
 HOT: dict[str, tuple[str, Work]] = {
@@ -274,8 +286,10 @@ HOT: dict[str, tuple[str, Work]] = {
         tx, rail="sandbox", token=uuid4(), lease_seconds=60.0, claim_max=32, lag_seconds=0.0)),
     "lock_payins": (WORKER, lambda crowd: lambda tx: lock_payins(tx, [reference for *_, reference in crowd.payins])),
     "count_doubts": (WORKER, lambda _crowd: count_doubts),
-    "list_waiting": ("payouts_ops", lambda _crowd: lambda tx: list_waiting(tx, rows_max=50)),
+    "list_waiting": (OPS, lambda _crowd: lambda tx: list_waiting(tx, rows_max=50)),
     "find_ages": (WORKER, lambda _crowd: find_ages),
+    "find_stuck": (READONLY, lambda _crowd: lambda tx: find_stuck(tx, TooOld(0.0, 0.0), now=time(), rows_max=21)),
+    "list_put_aside": (OPS, lambda _crowd: list_put_aside),
     "read_feed": (GATEWAY, lambda crowd: lambda tx: read_feed(
         tx, crowd.merchant.shop.id, after=FEED_BEGIN, with_payins=False, rows_max=201)),
     "read_feed to its end": (GATEWAY, lambda crowd: lambda tx: read_feed(
@@ -295,6 +309,7 @@ INDEXES: dict[str, set[str]] = {
     "wake_lanes": {"callback_due_by_lane", "callback_due_fresh"},
     "release_lapsed": {"callback_due_leased"},
     "find_expired": {"payout_due_by_expiry"},
+    "list_put_aside": {"callback_due_put_aside"},
 }
 # Some of its statements only speak of settings, and of how far the server's transactions are.
 READS_NOTHING = {"read_feed", "read_feed to its end"}

@@ -330,6 +330,7 @@ def _locked(state: State, provider_reference: str | None) -> LockedPayout:
         shop_code="shop-001",
         currency_exponent=2,
         webhook_url=None,
+        shop_status="active",
         locked_at=datetime.now(UTC),
     )
 
