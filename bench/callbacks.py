@@ -22,6 +22,7 @@ from bench.filling import Shop, add_shops, fill
 from bench.scene import Scene
 from common.db.engine import in_transaction
 from common.domain.ids import EVENT, render_id
+from ops import database
 from ops.state import CHECKOUT
 
 MERCHANTS: Final = 500
@@ -88,10 +89,10 @@ async def _take_turn(on: Scene, shops: Sequence[Shop], callbacks: int, progress:
     await on.forget()
     bare, bare_cost = await _post_bare(on, event_ids)
     await on.forget()
-    async with on.worker() as worker:
-        before = on.costs(worker)
+    async with on.worker():
+        before = await on.usage()
         ours = await _until_recorded(on, len(event_ids))
-        costs = on.costs(worker).per_callback(before, callbacks)
+        costs = (await on.usage()).since(before, callbacks).cpu_us
     return Run(bare, ours, bare_cost, costs, await _count_differing(on, event_ids))
 
 
@@ -175,6 +176,7 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
             " ".join(f"{ratio:.2f}" for ratio in ratios),
             "as received" if not case["differing"] else f"{case['differing']:,} differ",
         )
-        figures = (case["bare_cost_us"], cost["worker"], case["bare_cost_us"] / cost["worker"], cost["database"])
+        worker = cost["callbacks"]
+        figures = (case["bare_cost_us"], worker, case["bare_cost_us"] / worker, cost[database.NAME])
         costs.add_row(name, *(f"{figure:.{2 if figure < 1 else 0}f}" for figure in figures))
     return rates, costs
