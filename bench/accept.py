@@ -7,6 +7,7 @@ the ratios of each turn.
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from statistics import median
 from typing import Any, Final
@@ -19,7 +20,8 @@ from bench.answers import Answers, check, count_differing, send
 from bench.filling import Shop, add_senders, add_shops
 from bench.goals import Goal, render_goals
 from bench.load import Plan, Sender
-from bench.scene import Scene
+from bench.picture import Bar, Bars, Chart
+from bench.scene import RABBITMQ, Scene
 from common.db.invariants import verify
 
 PATH: Final = "/api/v1/payouts"
@@ -96,10 +98,13 @@ async def measure(
         SQL_MANY: lambda _: _sql(on, "one_per_transaction.sql", baseline.SHOPS, 1, seconds),
         SQL_BATCHED: lambda _: _sql(on, "batched.sql", 1, baseline.BATCH, seconds),
     }
-    if baseline.has_plain():
+    has_plain = baseline.has_plain() and RABBITMQ in on.carriers
+    if has_plain:
         runs[PLAIN] = lambda prefix: _plain(on, crowds[0], prefix, seconds, progress)
     for crowd, gateways, carrier in product(crowds, GATEWAYS, carriers):
-        runs[name_of(crowd.name, gateways, carrier)] = _ours_of(on, crowd, gateways, carrier, seconds, progress)
+        runs[name_of(crowd.name, gateways, carrier)] = partial(
+            run_ours, on, crowd, gateways, carrier, seconds=seconds, progress=progress
+        )
     figures: dict[str, list[Figure]] = {name: [] for name in runs}
     done = progress.add_task("runs", total=turns * len(runs))
     for turn in range(turns):
@@ -114,23 +119,20 @@ async def measure(
         "runs": {name: _summary(found) for name, found in figures.items()},
         "goals": [goal.told() for goal in _goals(figures, carriers)],
         "broken": [finding.rule.name for finding in await verify(on.ops) if finding.count],
-        "plain": baseline.has_plain(),
+        "plain": has_plain,
     }
 
 
-def _ours_of(
-    on: Scene, crowd: Crowd, gateways: int, carrier: str, seconds: float, progress: Progress
-) -> Callable[[str], Awaitable[Figure]]:
-    async def run(prefix: str) -> Figure:
-        names = [f"gateway-{number}" for number in range(1, gateways + 1)]
-        async with on.running(*names, carrier=carrier):
-            before = await on.usage()
-            name = name_of(crowd.name, gateways, carrier)
-            answers = await send(_plan(on.gateway_port, PATH, crowd, prefix, seconds), progress, name)
-            costs = (await on.usage()).since(before, len(answers.statuses))
-        return _figure(answers, await check(on, answers, crowd.shops), asdict(costs))
-
-    return run
+async def run_ours(
+    on: Scene, crowd: Crowd, gateways: int, carrier: str, prefix: str, *, seconds: float, progress: Progress
+) -> Figure:
+    """The product, with so many gateways and nobody who settles."""
+    async with on.running(*(f"gateway-{number}" for number in range(1, gateways + 1)), carrier=carrier):
+        before = await on.usage()
+        name = name_of(crowd.name, gateways, carrier)
+        answers = await send(_plan(on.gateway_port, PATH, crowd, prefix, seconds), progress, name)
+        costs = (await on.usage()).since(before, len(answers.statuses))
+    return _figure(answers, await check(on, answers, crowd.shops), asdict(costs))
 
 
 async def _bare(on: Scene, crowd: Crowd, prefix: str, seconds: float, progress: Progress) -> Figure:
@@ -218,9 +220,23 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
         )
     rates.caption = f"the rules of the ledger: {', '.join(found['broken']) or 'all hold'}"
     if not found["plain"]:
-        rates.caption += f"; without the {PLAIN}: fastapi and uvicorn are not installed"
+        rates.caption += f"; without the {PLAIN}, which needs RabbitMQ, and fastapi and uvicorn installed"
     costs = {name: run["costs"] for name, run in found["runs"].items() if run["costs"]}
     return rates, *render_goals(found["goals"]), render_costs(costs)
+
+
+def draw(found: dict[str, Any]) -> Sequence[Chart]:
+    """The rates, and what a thousand payouts cost."""
+    runs = found["runs"]
+    rates = [Bar(name, run["per_second"], ours=run["costs"] is not None) for name, run in runs.items()]
+    costs = {name: run["costs"] for name, run in runs.items() if run["costs"]}
+    return Bars("accepted per second, closed loop", rates), draw_costs("accepting", costs)
+
+
+def draw_costs(what: str, costs: dict[str, dict[str, Any]]) -> Chart:
+    """The processor time of a thousand payouts, all processes together."""
+    bars = [Bar(name, sum(cost["cpu_ms"].values())) for name, cost in costs.items()]
+    return Bars(f"{what}: processor time of a thousand payouts, all processes, milliseconds", bars)
 
 
 def render_costs(costs: dict[str, dict[str, Any]]) -> Table:

@@ -139,6 +139,15 @@ def count_differing(answers: Answers, stored: Mapping[str, Row]) -> int:
     return differing + len(stored.keys() - known)
 
 
+# The payouts of one run, `p`; `:` comes behind every digit.
+IN_RUN: Final = "p.shop_id = ANY (CAST(:shops AS uuid[])) AND p.external_id >= :prefix AND p.external_id < :behind"
+
+
+def in_run(shops: Sequence[Shop], prefix: str) -> dict[str, Any]:
+    """The parameters of `IN_RUN`."""
+    return {"shops": [shop.id for shop in shops], "prefix": prefix, "behind": f"{prefix}:"}
+
+
 async def find_stored(tx: Tx, shops: Sequence[Shop], prefix: str) -> dict[str, Row]:
     """The payouts whose `external_id` begins so, by that, as far as the hold of their money is there as well."""
     rows = await tx.execute(
@@ -146,9 +155,9 @@ async def find_stored(tx: Tx, shops: Sequence[Shop], prefix: str) -> dict[str, R
             "SELECT p.external_id, p.id, p.amount_minor FROM payouts p"
             " JOIN entries e ON e.payout_id = p.id AND e.shop_id = p.shop_id AND e.kind = 'hold'"
             " AND e.amount_minor = p.amount_minor"
-            " WHERE p.shop_id = ANY (CAST(:shops AS uuid[])) AND p.external_id >= :prefix AND p.external_id < :behind"
+            f" WHERE {IN_RUN}"
         ),
-        {"shops": [shop.id for shop in shops], "prefix": prefix, "behind": f"{prefix}:"},
+        in_run(shops, prefix),
     )
     return {row.external_id: Row(render_id(PAYOUT, row.id), row.amount_minor) for row in rows}
 

@@ -18,6 +18,7 @@ from bench.answers import check, send
 from bench.filling import add_senders, add_shops
 from bench.goals import Goal, render_goals
 from bench.load import Plan, Sender
+from bench.picture import Bar, Bars, Chart
 from bench.scene import Scene
 from common.db.invariants import verify
 
@@ -97,3 +98,17 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
     table.caption = f"the rules of the ledger: {', '.join(found['broken']) or 'all hold'}"
     costs = {f"{run['rate']:,}/s, {run['who']}": run["costs"] for run in found["runs"] if "costs" in run}
     return table, *render_goals(found["goals"]), render_costs(costs)
+
+
+def draw(found: dict[str, Any]) -> Sequence[Chart]:
+    """The 99th percentile of each run."""
+    bars = [
+        Bar(
+            f"{run['rate']:,}/s, {run['who']}",
+            run["told"]["p99_ms"],
+            ours=run["who"] != BARE,
+            goal=None if run["who"] == BARE else GOALS_MS.get(run["rate"]),
+        )
+        for run in found["runs"]
+    ]
+    return (Bars("accept p99 from the intended start, milliseconds (red: at most)", bars),)

@@ -59,6 +59,7 @@ class Sender:
 class Plan:
     """What to send. `rate` per second in open loop; without it, closed loop. Nobody counts what came in `warm_seconds`.
 
+    `count`: in closed loop, stop after so many, whatever the time.
     `zipf`: the exponent by which the first senders are busier than the last; 0: all alike.
     """
 
@@ -70,6 +71,7 @@ class Plan:
     seconds: float
     warm_seconds: float = 1.0
     rate: float | None = None
+    count: int | None = None
     zipf: float = 0.0
     seed: int = 1
 
@@ -226,8 +228,9 @@ class Load:
         showing = asyncio.create_task(self._show())
         if plan.rate is None:
             for _ in range(plan.connections):
-                self._send_next()
-            await asyncio.sleep(plan.whole_seconds)
+                self._go_on(self._now())
+            while self._wants_more(self._now()):  # noqa: ASYNC110 - answers send the next ones
+                await asyncio.sleep(_POLL_SECONDS)
         else:
             await self._send_on_time([began + moment for moment in times])
         await self._until_answered()
@@ -246,7 +249,7 @@ class Load:
         }
 
     def _middles(self, now: float) -> list[float]:
-        count = int(self._plan.whole_seconds * _RENDERED_PER_SECOND)
+        count = self._plan.count or int(self._plan.whole_seconds * _RENDERED_PER_SECOND)
         return [now + self._plan.whole_seconds / 2] * count
 
     async def _until_answered(self) -> None:
@@ -314,21 +317,21 @@ class Load:
         """A connection is free: for what waits, or in closed loop for the next one."""
         if self._queue:
             self._send(self._queue.popleft(), now)
-        elif self._plan.rate is None and now < self._ends_at:
-            self._send_next()
+        elif self._wants_more(now):
+            number = self._next
+            self._next += 1
+            self._send(number, now)
 
-    def _send_next(self) -> None:
-        number, now = self._next, self._now()
-        self._next += 1
-        data = self._book.take(number)
-        self._book.intended[number] = now
-        self._send_data(number, data, now)
+    def _wants_more(self, now: float) -> bool:
+        """Whether, in closed loop, another one is to be sent."""
+        plan = self._plan
+        return plan.rate is None and now < self._ends_at and (plan.count is None or self._next < plan.count)
 
     def _send(self, number: int, now: float) -> None:
-        self._send_data(number, self._book.take(number), now)
-
-    def _send_data(self, number: int, data: bytes, now: float) -> None:
+        data = self._book.take(number)
         self._book.sent[number] = now
+        if self._plan.rate is None:
+            self._book.intended[number] = now
         self._under_way += 1
         self._idle.popleft().send(number, data)
 

@@ -93,9 +93,9 @@ class Scene:
                 await (await channel.get_queue(name)).purge()
 
     @asynccontextmanager
-    async def worker(self) -> AsyncIterator[psutil.Process]:
+    async def worker(self, *, carrier: str = ALONE) -> AsyncIterator[psutil.Process]:
         """The product's delivery, one process, as operators start it; ready, and stopped at the end."""
-        async with self.running(_WORKER, carrier=ALONE):
+        async with self.running(_WORKER, carrier=carrier):
             yield self.find_process(_WORKER)
 
     @asynccontextmanager
