@@ -1,6 +1,7 @@
 """The scenarios of `make bench`, with a handful of payouts: what they claim is checked, and told in three ways."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ def test_a_measurement_checks_what_it_measured_and_leaves_results_and_a_picture(
     done = subprocess.run(
         [sys.executable, "-m", "bench", "latency", "end-to-end", "--carrier", "postgresql", *few, *where],
         cwd=CHECKOUT,
+        env={**os.environ, "COLUMNS": "200"},
         capture_output=True,
         text=True,
     )
