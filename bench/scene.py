@@ -76,13 +76,17 @@ class Scene:
             response.raise_for_status()
 
     async def maintain(self) -> None:
-        """What autovacuum would have done in time, everything on disk, no messages: each measurement begins from the same."""
+        """Tidy tables, everything on disk, no messages: each measurement begins from the same."""
+        await self.vacuum()
+        if RABBITMQ in self.carriers:
+            await self._purge()
+
+    async def vacuum(self) -> None:
+        """What autovacuum would have done in time, and everything on disk."""
         engine = self.superuser.execution_options(isolation_level="AUTOCOMMIT")
         async with engine.connect() as connection:
             await connection.execute(text("VACUUM (ANALYZE)"))
             await connection.execute(text("CHECKPOINT"))
-        if RABBITMQ in self.carriers:
-            await self._purge()
 
     async def _purge(self) -> None:
         topology = Topology(self.settings.amqp_queue_prefix, self.settings.amqp_shards)

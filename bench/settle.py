@@ -93,6 +93,7 @@ async def take_turn(on: Scene, crowd: Crowd, carrier: str, prefix: str, outcome:
         )
         answers = await send(plan, progress, f"filling for {outcome.name}")
     outcome.differing += await check(on, answers, crowd.shops)
+    await on.vacuum()
     waiting = len(answers.statuses) - answers.failed
     before = await _count_entries(on, crowd.shops)
     settling = progress.add_task(f"settling, {outcome.name}", total=waiting)
