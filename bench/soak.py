@@ -13,6 +13,7 @@ from sqlalchemy import text
 
 from bench.figures import trend_of
 from bench.filling import add_shops, queue_payouts, tell_steadily
+from bench.picture import Chart, Lines
 from bench.scene import Scene, end_watch
 from common.db.engine import in_transaction
 
@@ -86,11 +87,17 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
     table = Table("", "first", "last", "max", "slope per hour", "", title=title)
     for name, trend in found["trends"].items():
         verdict = "flat" if trend["flat"] else "GROWS" if name in found["must_be_flat"] else "grows"
-        values = [_readable(name, trend[key]) for key in ("first", "last", "max", "slope_per_hour")]
+        values = [readable(name, trend[key]) for key in ("first", "last", "max", "slope_per_hour")]
         table.add_row(name.replace("_", " "), *values, verdict)
     return (table,)
 
 
-def _readable(name: str, value: float) -> str:
-    in_bytes = name.endswith("_bytes") or name.startswith("size of")
+def readable(name: str, value: float) -> str:
+    """A value as people read it; those of sizes and memory are bytes."""
+    in_bytes = name.endswith("_bytes") or name.startswith(("size of", "memory of"))
     return f"{value / 2**20:,.1f} MiB" if in_bytes else f"{value:,.0f}"
+
+
+def draw(found: dict[str, Any]) -> Sequence[Chart]:
+    """The memory of the worker."""
+    return (Lines("memory, MiB", {"worker": [(at, size / 2**20) for at, size in found["samples"]["rss_bytes"]]}),)
