@@ -136,6 +136,7 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "shop freeze",
         "shop unfreeze",
         "callbacks replay",
+        "callbacks resume",
         "lane hold",
         "lane release",
     }
@@ -154,6 +155,7 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "shop secret rotate",
         "shop secret revoke",
         "callbacks replay",
+        "callbacks resume",
         "lane hold",
         "lane release",
     }
