@@ -20,7 +20,8 @@ test: venv ## Run the tests; ARGS="-k word" chooses some.
 torment: venv ## 10,000 payouts through a bank in its worst mood while processes are killed; ARGS="--payouts 300".
 	@$(PYTHON) -m ops.torment $(ARGS)
 
-bench: venv ## Measure callbacks beside what is possible here; ARGS="callbacks", isolation or soak; ARGS=--help.
+bench: venv ## Measure the product beside what is possible here; ARGS="accept", "latency settle", …; ARGS=--help.
+	@sh ops/bootstrap.sh bench
 	@$(PYTHON) -m bench $(ARGS)
 
 plants: venv ## Plant the faults that would cost money, one by one; each must turn a test red.

@@ -19,9 +19,11 @@ from rich.table import Table
 from sqlalchemy import text
 
 from bench.filling import Shop, add_shops, fill
+from bench.picture import Bar, Bars, Chart
 from bench.scene import Scene
 from common.db.engine import in_transaction
 from common.domain.ids import EVENT, render_id
+from ops import database
 from ops.state import CHECKOUT
 
 MERCHANTS: Final = 500
@@ -49,6 +51,7 @@ class Outcome:
 
     merchants: int
     callbacks: int
+    carrier: str
     runs: list[Run] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
@@ -65,22 +68,27 @@ class Outcome:
         }
 
 
-async def measure(on: Scene, *, callbacks: int, turns: int, progress: Progress) -> dict[str, Any]:
-    """Both cases, turn about."""
+async def measure(
+    on: Scene, *, callbacks: int, turns: int, carriers: Sequence[str], progress: Progress
+) -> dict[str, Any]:
+    """Both cases with each carrier, turn about."""
     shops = {
         merchants: await add_shops(on, f"of-{merchants}", [f"{on.origin(n)}/ok/callbacks" for n in range(merchants)])
         for merchants in (1, MERCHANTS)
     }
-    outcomes = [Outcome(merchants, callbacks // merchants * merchants) for merchants in shops]
+    outcomes = [
+        Outcome(merchants, callbacks // merchants * merchants, carrier) for merchants in shops for carrier in carriers
+    ]
     done = progress.add_task("turns", total=turns * len(outcomes))
     for _ in range(turns):
         for outcome in outcomes:
-            outcome.runs.append(await _take_turn(on, shops[outcome.merchants], outcome.callbacks, progress))
+            outcome.runs.append(await _take_turn(on, shops[outcome.merchants], outcome, progress))
             progress.advance(done)
     return {"goal": GOAL, "cases": [{**asdict(outcome), **outcome.summary()} for outcome in outcomes]}
 
 
-async def _take_turn(on: Scene, shops: Sequence[Shop], callbacks: int, progress: Progress) -> Run:
+async def _take_turn(on: Scene, shops: Sequence[Shop], outcome: Outcome, progress: Progress) -> Run:
+    callbacks = outcome.callbacks
     filling = progress.add_task(f"callbacks of {len(shops)}", total=callbacks)
     event_ids = await fill(on, shops, callbacks // len(shops), lambda count: progress.update(filling, completed=count))
     progress.remove_task(filling)
@@ -88,10 +96,10 @@ async def _take_turn(on: Scene, shops: Sequence[Shop], callbacks: int, progress:
     await on.forget()
     bare, bare_cost = await _post_bare(on, event_ids)
     await on.forget()
-    async with on.worker() as worker:
-        before = on.costs(worker)
+    async with on.worker(carrier=outcome.carrier):
+        before = await on.usage()
         ours = await _until_recorded(on, len(event_ids))
-        costs = on.costs(worker).per_callback(before, callbacks)
+        costs = (await on.usage()).since(before, callbacks).cpu_us
     return Run(bare, ours, bare_cost, costs, await _count_differing(on, event_ids))
 
 
@@ -158,6 +166,10 @@ async def _count_differing(on: Scene, event_ids: Sequence[UUID]) -> int:
     return len(differing) + len(event_ids) - len(recorded)
 
 
+def _name(case: dict[str, Any]) -> str:
+    return f"{case['callbacks']:,} to {case['merchants']:,}, {case['carrier']}"
+
+
 def render(found: dict[str, Any]) -> Sequence[Table]:
     """Rates, then what they cost; a row for each case."""
     title = f"delivered and recorded callbacks per second; the goal is {found['goal']:g} of the bare client"
@@ -166,7 +178,7 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
         "callbacks", "bare client", "worker", "ratio", "database", title="processor time of each, microseconds"
     )
     for case in found["cases"]:
-        name, ratios, cost = f"{case['callbacks']:,} to {case['merchants']:,}", case["ratios"], case["costs_us"]
+        name, ratios, cost = _name(case), case["ratios"], case["costs_us"]
         rates.add_row(
             name,
             f"{case['bare_per_second']:,}",
@@ -175,6 +187,21 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
             " ".join(f"{ratio:.2f}" for ratio in ratios),
             "as received" if not case["differing"] else f"{case['differing']:,} differ",
         )
-        figures = (case["bare_cost_us"], cost["worker"], case["bare_cost_us"] / cost["worker"], cost["database"])
+        worker = cost["callbacks"]
+        figures = (case["bare_cost_us"], worker, case["bare_cost_us"] / worker, cost[database.NAME])
         costs.add_row(name, *(f"{figure:.{2 if figure < 1 else 0}f}" for figure in figures))
     return rates, costs
+
+
+def draw(found: dict[str, Any]) -> Sequence[Chart]:
+    """The rates beside the bare client."""
+    bars = [
+        bar
+        for case in found["cases"]
+        for name in (_name(case),)
+        for bar in (
+            Bar(f"{name}, bare client", case["bare_per_second"], ours=False),
+            Bar(name, case["ours_per_second"], goal=found["goal"] * case["bare_per_second"]),
+        )
+    ]
+    return (Bars("callbacks delivered and recorded per second (red: at least)", bars),)

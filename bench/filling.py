@@ -14,13 +14,14 @@ from uuid import UUID
 
 from sqlalchemy import text
 
+from bench.load import Sender
 from bench.scene import Scene
 from common.canceling import expire
 from common.db.engine import in_transaction
-from ops.onboarding import add_merchant, add_shop, top_up
+from ops.onboarding import add_key, add_merchant, add_shop, top_up
 
 _ACTOR: Final = "bench"
-_FUNDS: Final = "10000000.00"
+_FUNDS: Final = "1000000000000.00"
 _ONBOARDED_AT_ONCE: Final = 8
 _TOLD_AT_ONCE: Final = 128
 _TICK_SECONDS: Final = 0.1
@@ -28,9 +29,10 @@ _TICK_SECONDS: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Shop:
-    """The only shop of a merchant, and where its callbacks go."""
+    """The only shop of a merchant, of the same code, and where its callbacks go."""
 
     id: UUID
+    code: str
     url: str
 
 
@@ -89,7 +91,19 @@ async def add_shops(on: Scene, name: str, urls: Sequence[str]) -> list[Shop]:
         on.ops,
         lambda tx: tx.execute(text("SELECT id, code FROM shops WHERE code = ANY (:codes)"), {"codes": list(by_code)}),
     )
-    return [Shop(row.id, by_code[row.code]) for row in rows]
+    return [Shop(row.id, row.code, by_code[row.code]) for row in rows]
+
+
+async def add_senders(on: Scene, shops: Sequence[Shop]) -> list[Sender]:
+    """A key for the merchant of each shop, in their order."""
+    turns = asyncio.Semaphore(_ONBOARDED_AT_ONCE)
+
+    async def add(shop: Shop) -> Sender:
+        async with turns:
+            key = await add_key(on.ops, on.settings.keyring, merchant=shop.code, actor=_ACTOR)
+            return Sender(key.public_id, key.secret, shop.url)
+
+    return await asyncio.gather(*(add(shop) for shop in shops))
 
 
 async def queue_payouts(on: Scene, shops: Sequence[Shop], each: int) -> list[UUID]:

@@ -19,7 +19,8 @@ from sqlalchemy import text
 
 from bench.figures import Spread, percentile, spread_of
 from bench.filling import Shop, add_shops, fill, queue_payouts, tell_steadily
-from bench.scene import Scene
+from bench.picture import Chart, Lines
+from bench.scene import Scene, end_watch
 from common.db.engine import Tx, in_transaction
 from common.domain.ids import EVENT, render_id
 
@@ -138,7 +139,7 @@ async def _watching(on: Scene, dead: Shop) -> AsyncIterator[Watch]:
     try:
         yield watch
     finally:
-        looking.cancel()
+        await end_watch(looking)
 
 
 async def _run_phase(on: Scene, payout_ids: Sequence[UUID], rate: int, name: str, progress: Progress) -> Phase:
@@ -196,3 +197,10 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
     caps = f"{dead['cap_min']} to {dead['cap_max']}"
     flight.add_row(*(f"{dead[name]:,}" for name in names), caps, f"{dead['over']:,}", f"{dead['over_any']:,}")
     return lags, flight
+
+
+def draw(found: dict[str, Any]) -> Sequence[Chart]:
+    """The longest lag of each second, without the dead merchant and with him."""
+    phases = {name: found[key]["by_second"] for name, key in (("alone", "alone"), ("beside the dead", "beside"))}
+    lines = {name: list(enumerate(longest)) for name, longest in phases.items()}
+    return (Lines("from event to first attempt: the longest of each second, seconds", lines),)

@@ -1,15 +1,15 @@
-"""What a measurement needs: a durable PostgreSQL of its own, merchants who answer, processes of ours, and their costs.
+"""What a measurement needs: a durable PostgreSQL and a RabbitMQ of its own, merchants who answer, processes of ours.
 
-Everything is in a folder that is removed afterwards. There is no broker: what waits already, and what nobody brings, is
-found by the scan.
+Everything is in a folder that is removed afterwards. Processes are started with a *carrier*: RabbitMQ, or PostgreSQL alone.
 """
 
+import asyncio
 import os
 import shutil
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,16 +18,21 @@ import psutil
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from common.db.engine import Engine, create_engine, driver_url
+from bench.costs import Usage, processor_seconds, size_of, written_bytes
+from common.db.engine import Engine, create_engine, driver_url, in_transaction
+from common.messaging.topology import Topology, declare
 from common.settings import Settings
-from ops import database
+from ops import broker, database
 from ops.ports import choose_port, loopback_url
 from ops.postgres import Cluster, choose_home
-from ops.processes import Process, Program
+from ops.processes import Process, Program, Say, wait_until_answers
 from ops.servers import OwnServer
 from ops.state import LOCAL_DEFAULTS, find_or_make_keys
 
-_SUPERUSER: Final = "postgres"
+RABBITMQ: Final = broker.NAME
+ALONE: Final = "PostgreSQL alone"
+
+SUPERUSER: Final = "postgres"
 _WORKER: Final = "callbacks"
 _POOL_MAX: Final = 8
 # Of those whose address is 127.1.y.z; that many merchants have an origin of their own.
@@ -36,7 +41,10 @@ _LAST_PARTS: Final = 250
 
 @dataclass(slots=True)
 class Scene:
-    """What runs. `ops` and `product` act as the roles of operators and of workers, `superuser` may do everything."""
+    """What runs. `ops` and `product` act as the roles of operators and of workers, `superuser` may do everything.
+
+    `carriers`: `AMQP_URL` by the name of the carrier; `gateway_port`: of all gateways.
+    """
 
     folder: Path
     settings: Settings
@@ -48,6 +56,10 @@ class Scene:
     port: int
     control: str
     session: aiohttp.ClientSession
+    gateway_port: int
+    carriers: Mapping[str, str]
+    node: OwnServer | None
+    running_names: list[str] = field(default_factory=list)
 
     def origin(self, number: int) -> str:
         """The origin of the merchant of that number, of his own; Linux answers on all of 127.0.0.0/8."""
@@ -64,57 +76,98 @@ class Scene:
             response.raise_for_status()
 
     async def maintain(self) -> None:
-        """What autovacuum would have done in time, and everything on disk: each measurement begins from the same."""
+        """Tidy tables, everything on disk, no messages: each measurement begins from the same."""
+        await self.vacuum()
+        if RABBITMQ in self.carriers:
+            await self._purge()
+
+    async def vacuum(self) -> None:
+        """What autovacuum would have done in time, and everything on disk."""
         engine = self.superuser.execution_options(isolation_level="AUTOCOMMIT")
         async with engine.connect() as connection:
             await connection.execute(text("VACUUM (ANALYZE)"))
             await connection.execute(text("CHECKPOINT"))
 
+    async def _purge(self) -> None:
+        topology = Topology(self.settings.amqp_queue_prefix, self.settings.amqp_shards)
+        async with await broker.connect(self.carriers[RABBITMQ]) as connection:
+            channel = await connection.channel()
+            await declare(channel, topology)
+            for name in topology.all_queues():
+                await (await channel.get_queue(name)).purge()
+
     @asynccontextmanager
-    async def worker(self) -> AsyncIterator[psutil.Process]:
+    async def worker(self, *, carrier: str = ALONE) -> AsyncIterator[psutil.Process]:
         """The product's delivery, one process, as operators start it; ready, and stopped at the end."""
-        process = Process(Program(_WORKER, ("-m", "worker", _WORKER)), self.environment, self.folder)
-        await process.start()
-        try:
+        async with self.running(_WORKER, carrier=carrier):
             yield self.find_process(_WORKER)
-        finally:
-            await process.stop()
+
+    @asynccontextmanager
+    async def running(self, *names: str, carrier: str) -> AsyncIterator[None]:
+        """Processes of the product, as operators start them; ready, and stopped at the end, the first one first.
+
+        A name is `gateway`, or a role of the worker; a number behind it tells several apart.
+        """
+        environment = {**self.environment, "AMQP_URL": self.carriers[carrier]}
+        processes = [Process(_program(name), environment, self.folder) for name in names]
+        async with AsyncExitStack() as running:
+            for process in reversed(processes):
+                running.push_async_callback(process.stop)
+            self.running_names += names
+            for name in names:
+                running.callback(self.running_names.remove, name)
+            await asyncio.gather(*(process.start() for process in processes))
+            if any(name.startswith("gateway") for name in names):
+                await wait_until_answers(f"{loopback_url(self.gateway_port)}/readyz")
+            yield
 
     def find_process(self, name: str) -> psutil.Process:
         """A process that runs here, by the record that is kept of it."""
         return psutil.Process(int((self.folder / "processes" / name).read_text().split()[0]))
 
-    def costs(self, worker: psutil.Process) -> "Costs":
-        """What the processes have taken of the machine's processors so far."""
-        server = psutil.Process(self.cluster.process_id)
-        database_seconds = sum(cpu_seconds(process) for process in [server, *server.children(recursive=True)])
-        return Costs(cpu_seconds(worker), database_seconds, cpu_seconds(self.find_process("receiver")))
+    async def usage(self) -> Usage:
+        """What everything that runs here has taken so far."""
+        rows = await in_transaction(
+            self.superuser,
+            lambda tx: tx.execute(
+                text(
+                    "SELECT pg_database_size(current_database()) AS kept,"
+                    " pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::float8 AS logged"
+                )
+            ),
+        )
+        found = rows.one()
+        names = ["receiver", *self.running_names]
+        assert self.cluster.process_id is not None, "it runs as long as the scene"
+        cpu = {name: processor_seconds(self.find_process(name).pid) for name in names}
+        cpu[database.NAME] = processor_seconds(self.cluster.process_id)
+        disk = {f"{name}: log": size_of(self.folder / "logs" / f"{name}.log") for name in self.running_names}
+        disk[f"{database.NAME}: tables and indexes"] = found.kept
+        disk[f"{database.NAME}: write-ahead log"] = int(found.logged)
+        if self.node is not None and self.node.process_id is not None:
+            cpu[RABBITMQ] = processor_seconds(self.node.process_id)
+            disk[f"{RABBITMQ}: written"] = written_bytes(self.node.process_id)
+        return Usage(cpu, disk)
 
 
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """Seconds of processor time."""
-
-    worker: float
-    database: float
-    receiver: float
-
-    def per_callback(self, before: "Costs", count: int) -> dict[str, float]:
-        """Microseconds for each of `count` callbacks since then."""
-        return {name: round((getattr(self, name) - getattr(before, name)) / count * 1e6, 1) for name in self.__slots__}
+async def end_watch(looking: "asyncio.Task[None]") -> None:
+    """End a task that looks at something for ever. Raises: what ended it before, for a figure that nobody took is no figure."""
+    looking.cancel()
+    with suppress(asyncio.CancelledError):
+        await looking
 
 
-def cpu_seconds(process: psutil.Process) -> float:
-    """User and system time of a process; none when it has gone meanwhile."""
-    with suppress(psutil.NoSuchProcess):
-        times = process.cpu_times()
-        return float(times.user + times.system)
-    return 0.0
+def _program(name: str) -> Program:
+    module = name.partition("-")[0]
+    arguments = ("-m", "gateway") if module == "gateway" else ("-m", "worker", module)
+    return Program(name, arguments)
 
 
 @asynccontextmanager
-async def scene(folder: Path) -> AsyncIterator[Scene]:
-    """Bring everything up but the worker, and take it down again."""
+async def scene(folder: Path, say: Say, *, carriers: Collection[str]) -> AsyncIterator[Scene]:
+    """Bring everything up but the product's processes, and take it down again. Raises: `ServerFailed` without RabbitMQ, if
+    that is among the carriers.
+    """
     async with AsyncExitStack() as running:
         for name in ("logs", "processes"):
             (folder / name).mkdir()
@@ -123,12 +176,21 @@ async def scene(folder: Path) -> AsyncIterator[Scene]:
         # It may be elsewhere, where the server's account gets to.
         running.callback(shutil.rmtree, cluster.home, ignore_errors=True)
         running.push_async_callback(store.stop)
+        node, amqp_url = None, ""
+        if RABBITMQ in carriers:
+            server = await asyncio.to_thread(broker.find_or_install, os.environ, say)
+            running.callback(broker.remove_own, folder)
+            node = broker.own_broker(folder, server)
+            running.push_async_callback(node.stop)
+            amqp_url = await node.start()
+        gateway_port = choose_port()
         environment = {
             **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
             **LOCAL_DEFAULTS,
             **find_or_make_keys(folder),
             "DATABASE_URL": await store.start(),
             "AMQP_URL": "",
+            "PORT": str(gateway_port),
         }
         settings = Settings.from_environ(environment)
         await database.migrate(settings.database_url)
@@ -136,7 +198,7 @@ async def scene(folder: Path) -> AsyncIterator[Scene]:
             create_engine(settings, role=role, application="payouts-bench", pool_max=_POOL_MAX)
             for role in ("payouts_ops", "payouts_worker")
         )
-        superuser = create_async_engine(driver_url(cluster.url(_SUPERUSER)))
+        superuser = create_async_engine(driver_url(cluster.url(SUPERUSER)))
         for engine in (ops, product, superuser):
             running.push_async_callback(engine.dispose)
         port, control_port = choose_port(), choose_port()
@@ -156,6 +218,9 @@ async def scene(folder: Path) -> AsyncIterator[Scene]:
             port=port,
             control=loopback_url(control_port),
             session=session,
+            gateway_port=gateway_port,
+            carriers={ALONE: "", **({RABBITMQ: amqp_url} if node else {})},
+            node=node,
         )
 
 

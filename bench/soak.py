@@ -13,7 +13,8 @@ from sqlalchemy import text
 
 from bench.figures import trend_of
 from bench.filling import add_shops, queue_payouts, tell_steadily
-from bench.scene import Scene
+from bench.picture import Chart, Lines
+from bench.scene import Scene, end_watch
 from common.db.engine import in_transaction
 
 SHOPS: Final = 100
@@ -50,9 +51,9 @@ async def measure(on: Scene, *, minutes: float, rate: int, progress: Progress) -
         started = time.time()
         event_ids = await tell_steadily(on, payout_ids, rate, lambda count: progress.update(telling, completed=count))
         seconds = time.time() - started
-        while min((len(found) for found in samples.values()), default=0) < _SAMPLES_MIN:  # noqa: ASYNC110 - a clock
-            await asyncio.sleep(_SAMPLE_SECONDS)
-        looking.cancel()
+        while not looking.done() and min((len(found) for found in samples.values()), default=0) < _SAMPLES_MIN:
+            await asyncio.wait([looking], timeout=_SAMPLE_SECONDS)
+        await end_watch(looking)
         totals = await on.ask_receiver("totals")
     return {
         "seconds": round(seconds),
@@ -86,11 +87,17 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
     table = Table("", "first", "last", "max", "slope per hour", "", title=title)
     for name, trend in found["trends"].items():
         verdict = "flat" if trend["flat"] else "GROWS" if name in found["must_be_flat"] else "grows"
-        values = [_readable(name, trend[key]) for key in ("first", "last", "max", "slope_per_hour")]
+        values = [readable(name, trend[key]) for key in ("first", "last", "max", "slope_per_hour")]
         table.add_row(name.replace("_", " "), *values, verdict)
     return (table,)
 
 
-def _readable(name: str, value: float) -> str:
-    in_bytes = name.endswith("_bytes") or name.startswith("size of")
+def readable(name: str, value: float) -> str:
+    """A value as people read it; those of sizes and memory are bytes."""
+    in_bytes = name.endswith("_bytes") or name.startswith(("size of", "memory of"))
     return f"{value / 2**20:,.1f} MiB" if in_bytes else f"{value:,.0f}"
+
+
+def draw(found: dict[str, Any]) -> Sequence[Chart]:
+    """The memory of the worker."""
+    return (Lines("memory, MiB", {"worker": [(at, size / 2**20) for at, size in found["samples"]["rss_bytes"]]}),)

@@ -1,4 +1,4 @@
-"""The admin port every process may have, on loopback: `/livez`, `/readyz`, `/metrics`. And what readiness means."""
+"""The admin port every process may have, for nobody outside: `/livez`, `/readyz`, `/metrics`. And what readiness means."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
@@ -13,6 +13,7 @@ from common.db.engine import Engine, in_transaction
 from common.errors import Transient
 from common.log import LogEvent, get_logger
 from common.messaging.link import Link
+from common.settings import Settings
 
 _SCHEMA_POLL_SECONDS = 0.5
 
@@ -91,9 +92,9 @@ async def metrics(_request: web.Request) -> web.Response:
 
 
 @asynccontextmanager
-async def admin_server(port: int, readiness: Readiness) -> AsyncIterator[None]:
-    """Serve the admin port on loopback while the context lasts; port 0: none."""
-    if port == 0:
+async def admin_server(settings: Settings, readiness: Readiness) -> AsyncIterator[None]:
+    """Serve the admin port while the context lasts, if there shall be one."""
+    if settings.admin_port == 0:
         yield
         return
     app = web.Application()
@@ -101,7 +102,7 @@ async def admin_server(port: int, readiness: Readiness) -> AsyncIterator[None]:
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", port).start()
+        await web.TCPSite(runner, settings.admin_host, settings.admin_port).start()
         yield
     finally:
         await runner.cleanup()

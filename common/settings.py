@@ -6,7 +6,7 @@ The table in the README is checked against this file.
 
 import base64
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any, Final
@@ -16,6 +16,16 @@ from yarl import URL
 from common.domain.addresses import parse_callback_url
 from common.domain.schedule import LOOK_UP_DELAYS, PAYIN_LOOK_UP_DELAYS, SUBMIT_DELAYS, Patience
 from common.sealing import KEY_BYTES, Keyring
+from common.secrecy import (
+    PASSWORD_CHARACTERS_MIN,
+    has_guessable_password,
+    is_guessable_key,
+    is_safe_way_to_broker,
+    is_safe_way_to_database,
+)
+
+DEVELOPMENT: Final = "development"
+PRODUCTION: Final = "production"
 
 _PREFIX: Final = "PAYOUTS_"
 _DELAY_SECONDS_MAX: Final = 30 * 24 * 3600.0
@@ -157,6 +167,12 @@ def _master_keys(text: str) -> dict[int, bytes]:
 class Settings:
     """Everything that can be set. Units are in the names."""
 
+    environment: str = _setting(
+        "PAYOUTS_ENV",
+        _choice(DEVELOPMENT, PRODUCTION),
+        DEVELOPMENT,
+        "`production` refuses secrets of examples, debugging, private callbacks, and ways on which others can listen",
+    )
     database_url: str = field(
         repr=False,
         metadata={
@@ -205,7 +221,10 @@ class Settings:
     host: str = _setting("PAYOUTS_HOST", _address, "127.0.0.1", "address the gateway listens on")
     port: int = _setting("PORT", _integer(1, 65_535), "8080", "port of the gateway; its processes share it")
     admin_port: int = _setting(
-        "PAYOUTS_ADMIN_PORT", _integer(0, 65_535), "0", "metrics and health on loopback, one per process; 0: none"
+        "PAYOUTS_ADMIN_PORT", _integer(0, 65_535), "0", "metrics and health, one per process; 0: none"
+    )
+    admin_host: str = _setting(
+        "PAYOUTS_ADMIN_HOST", _address, "127.0.0.1", "address of the admin port; no merchant may reach it"
     )
     log_format: str = _setting(
         "PAYOUTS_LOG_FORMAT", _choice("json", "console"), "json", "log lines for programs or people"
@@ -344,12 +363,12 @@ class Settings:
         "PAYOUTS_SANDBOX_SETTLE_SECONDS", _decimal(0, 3600), "60", "from `submitted` to success for recipient 0001"
     )
     callback_concurrency: int = _setting(
-        "PAYOUTS_CALLBACK_CONCURRENCY", _integer(1, 10_000), "256", "callbacks in flight per process"
+        "PAYOUTS_CALLBACK_CONCURRENCY", _integer(1, 10_000), "512", "callbacks in flight per process"
     )
     callback_lane_concurrency: int = _setting(
         "PAYOUTS_CALLBACK_LANE_CONCURRENCY",
         _integer(1, 10_000),
-        "128",
+        "256",
         "of these, to one origin of one shop: what it can hold up when it falls silent",
     )
     callback_retry_share: float = _setting(
@@ -431,6 +450,8 @@ class Settings:
         if not problems:
             settings = cls(**values)
             problems = settings._contradictions()
+            if settings.environment == PRODUCTION:
+                problems += [*settings._refused_in_production(), *_debugging(environ)]
             if not problems:
                 return settings
         raise SettingsInvalid("; ".join(problems))
@@ -450,9 +471,51 @@ class Settings:
             problems.append(f"PAYOUTS_DATABASE_POOL_MAX: must exceed PAYOUTS_ACCEPT_COMMITTERS by {_POOL_SPARE}")
         return problems
 
+    def _refused_in_production(self) -> Iterator[str]:
+        """What is right on a developer's machine and nowhere else; never a value."""
+        master_keys = list(self.master_keys.values())
+        for variable, refused, why in (
+            ("DATABASE_URL", has_guessable_password(self.database_url), _GUESSABLE_PASSWORD),
+            (
+                "DATABASE_URL",
+                not is_safe_way_to_database(self.database_url),
+                "must say sslmode=verify-full, unless the database is on this machine",
+            ),
+            ("AMQP_URL", any(map(has_guessable_password, self.amqp_urls)), _GUESSABLE_PASSWORD),
+            (
+                "AMQP_URL",
+                not all(map(is_safe_way_to_broker, self.amqp_urls)),
+                "must be amqps:// and verify, unless the broker is on this machine",
+            ),
+            ("PAYOUTS_MASTER_KEYS", any(map(is_guessable_key, master_keys)), _GUESSABLE_KEY),
+            ("PAYOUTS_MASTER_KEYS", len(set(master_keys)) < len(master_keys), "must not have a key twice"),
+            ("PAYOUTS_CONTENT_KEY", is_guessable_key(self.content_key), _GUESSABLE_KEY),
+            ("PAYOUTS_CONTENT_KEY", self.content_key in master_keys, "must be no master key"),
+            ("PAYOUTS_LOG_FORMAT", self.log_format != "json", "must be json"),
+            ("PAYOUTS_CALLBACK_PRIVATE_ADDRESSES", self.callback_private_addresses, "must be 0"),
+            (
+                "PAYOUTS_CALLBACK_HTTPS_ONLY",
+                not self.callback_https_only,
+                "must be 1 (`payouts shop callbacks` makes exceptions)",
+            ),
+        ):
+            if refused:
+                yield f"{variable}: {why}, in {PRODUCTION}"
+
+
+def _debugging(environ: Mapping[str, str]) -> Iterator[str]:
+    """What makes Python tell of more than our log does: arguments too. Source: Python, "Debug Mode" of asyncio."""
+    for variable in ("PYTHONASYNCIODEBUG", "PYTHONDEVMODE"):
+        if environ.get(variable):
+            yield f"{variable}: must not be set, in {PRODUCTION}"
+
 
 # What a lease leaves for writing down the outcome of a call that ended at its deadline.
 _RECORDING_SECONDS: Final = 5.0
 # One connection for a shop that is behind, one for reads.
 _POOL_SPARE: Final = 2
+_GUESSABLE_PASSWORD: Final = (
+    f"must have a password of {PASSWORD_CHARACTERS_MIN} or more characters that is no example's"
+)
+_GUESSABLE_KEY: Final = "must be random"
 _REQUIRED: Final = frozenset({"database_url", "master_keys", "content_key"})

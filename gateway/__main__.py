@@ -1,4 +1,7 @@
-"""`python -m gateway`: one gateway process. Start as many as you like; they share the port (SO_REUSEPORT)."""
+"""`python -m gateway`, or `payouts-gateway` where the product is installed: one gateway process.
+
+Start as many as you like; they share the port (SO_REUSEPORT).
+"""
 
 import os
 import sys
@@ -26,7 +29,7 @@ async def serve(settings: Settings) -> None:
     await runner.setup()
     try:
         await web.TCPSite(runner, settings.host, settings.port, reuse_port=True).start()
-        async with admin_server(settings.admin_port, readiness):
+        async with admin_server(settings, readiness):
             get_logger().info(LogEvent.PROCESS_STARTED, port=settings.port)
             await stop.wait()
             readiness.leave()

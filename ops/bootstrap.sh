@@ -1,5 +1,6 @@
 #!/bin/sh
-# Makes .venv with exactly what requirements-dev.lock names, and this project in it. Does nothing when that is so already.
+# Makes .venv with exactly what requirements-dev.lock names, and this project in it; `bootstrap.sh bench` adds what
+# requirements-bench.lock names. Does nothing when that is so already.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -62,7 +63,20 @@ install_debian_package() {
   apt-get update -qq && apt-get install -qq -y --no-install-recommends "$(debian_package)" >&2 && find_pip
 }
 
-if is_current; then
+# What baselines of `make bench` need, beside the rest.
+has_extras() { [ "$extras" != bench ] || cmp -s requirements-bench.lock .venv/bench.lock; }
+
+install_extras() {
+  say "installing what requirements-bench.lock names into .venv, once"
+  if command -v uv >/dev/null; then
+    UV_SYSTEM_CERTS=1 uv pip install --quiet --python .venv/bin/python --require-hashes -r requirements-bench.lock
+  else
+    python=$(find_python) && find_pip && pip install --require-hashes -r requirements-bench.lock
+  fi && cp requirements-bench.lock .venv/bench.lock
+}
+
+extras=${1:-}
+if is_current && has_extras; then
   exit
 fi
 # Two that come at the same time must not install over each other.
@@ -81,3 +95,4 @@ if ! is_current; then
   fi
   fingerprint >.venv/fingerprint
 fi
+has_extras || install_extras || say "that failed; \`make bench\` goes on without the plain implementation"

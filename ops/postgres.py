@@ -46,6 +46,11 @@ def choose_home(wanted: Path) -> Path:
     return choose_home_of(wanted, _account())
 
 
+def find_programs() -> Path:
+    """The folder of PostgreSQL's programs, as the wheel has them; for ourselves to run. Raises: `ServerFailed`."""
+    return _find_site() / _SERVER / "bin"
+
+
 class Cluster:
     """One cluster in `home`, a folder that is made here. Blocks; for one thread.
 
@@ -133,10 +138,7 @@ class Cluster:
 
     def _server(self) -> Path:
         """The folder of the binaries: the wheel's own, or a copy in `home` when the account does not reach that."""
-        spec = find_spec(_WHEEL)
-        if spec is None or spec.origin is None:
-            raise ServerFailed("no PostgreSQL: set DATABASE_URL, or install the extra `local`")
-        site = Path(spec.origin).parent.parent
+        site = _find_site()
         if self._account.can_run([str(site / _SERVER / "bin" / "postgres"), "--version"]):
             return site / _SERVER / "bin"
         copies = self.home / "binaries"
@@ -268,6 +270,14 @@ class Cluster:
                 return True
             time.sleep(_POLL_SECONDS)
         return False
+
+
+def _find_site() -> Path:
+    """The folder that the wheel is installed in."""
+    spec = find_spec(_WHEEL)
+    if spec is None or spec.origin is None:
+        raise ServerFailed("no PostgreSQL: set DATABASE_URL, or install the extra `local`")
+    return Path(spec.origin).parent.parent
 
 
 def _account() -> Account:

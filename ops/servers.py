@@ -48,6 +48,11 @@ class OwnServer:
         self._server = server
         self._thread = ThreadPoolExecutor(max_workers=1)
 
+    @property
+    def process_id(self) -> int | None:
+        """The running server's, else None."""
+        return self._server.process_id
+
     async def start(self) -> str:
         """Start it and return its URL. Raises: `ServerFailed`."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._server.start)

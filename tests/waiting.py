@@ -1,7 +1,8 @@
 """Callbacks that wait, in any number: written behind the schema's back, where thousands of payouts would have to end first."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
+from uuid import UUID
 
 from sqlalchemy import text
 
@@ -68,10 +69,17 @@ async def add_waiting(
     await forge(server, url, statement)
 
 
-def room(total: int = 128, *, retries: int | None = None, slow: int | None = None, lane: int | None = None) -> Room:
+def room(
+    total: int = 128,
+    *,
+    retries: int | None = None,
+    slow: int | None = None,
+    lane: int | None = None,
+    busy_merchants: Mapping[UUID, int] | None = None,
+) -> Room:
     """Room for so many callbacks of any kind, unless said otherwise."""
     most = [total if each is None else each for each in (retries, slow, lane)]
-    return Room(total=total, retries=most[0], slow=most[1], lane=most[2], busy={})
+    return Room(total=total, retries=most[0], slow=most[1], lane=most[2], busy={}, busy_merchants=busy_merchants or {})
 
 
 async def assert_lanes_sound(working: Desk, *, bare: bool = False) -> None:

@@ -1,4 +1,7 @@
-"""`python -m worker settle|callbacks|sweep|all`: one worker process. Any number of each may run."""
+"""`python -m worker settle|callbacks|sweep|all`, or `payouts-worker …` where the product is installed: one worker process.
+
+Any number of each may run.
+"""
 
 import os
 import sys
@@ -11,8 +14,9 @@ from migrations.run import newest_revision
 from worker.app import ROLES, run_worker
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Exit code 2: the call or the settings make no sense."""
+    arguments = sys.argv[1:]
     choices = {role: (role,) for role in ROLES} | {"all": ROLES}
     if len(arguments) != 1 or arguments[0] not in choices:
         print(f"usage: python -m worker {'|'.join(choices)}", file=sys.stderr)
@@ -28,4 +32,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

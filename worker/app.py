@@ -160,7 +160,7 @@ async def run_worker(settings: Settings, roles: Sequence[str], *, schema_revisio
     stop = stop_requested()
     readiness = Readiness()
     async with AsyncExitStack() as resources:
-        await resources.enter_async_context(admin_server(settings.admin_port, readiness))
+        await resources.enter_async_context(admin_server(settings, readiness))
         engine = create_engine(
             settings,
             role="payouts_worker",

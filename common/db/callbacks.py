@@ -100,6 +100,7 @@ _APPEND_ATTEMPTS = text(
          WHERE t.event_id = a.event_id AND t.shop_id = a.shop_id AND t.attempt_no = a.attempt_no
            AND t.started_at > now() - interval '1 hour' AND t.started_at <= now() LIMIT 1) before ON true
      WHERE before.logged IS NULL
+    RETURNING event_id, attempt_no
     """
 )
 
@@ -169,10 +170,15 @@ class CallbackAttempt:
     retry_after_seconds: int | None
 
 
-async def append_callback_attempts(tx: Tx, attempts: Sequence[CallbackAttempt]) -> None:
-    """Log attempts, under the locks of their due rows. Repeat: within an hour the same attempt is logged once."""
-    if attempts:
-        await tx.execute(_APPEND_ATTEMPTS, arrays_of(attempts, CallbackAttempt))
+async def append_callback_attempts(tx: Tx, attempts: Sequence[CallbackAttempt]) -> set[tuple[UUID, int]]:
+    """Log attempts, under the locks of their due rows. Repeat: within an hour the same attempt is logged once.
+
+    Returns: those that were not in the log before, by event and number.
+    """
+    if not attempts:
+        return set()
+    rows = await tx.execute(_APPEND_ATTEMPTS, arrays_of(attempts, CallbackAttempt))
+    return {(row.event_id, row.attempt_no) for row in rows}
 
 
 async def finish_callbacks(tx: Tx, states: Mapping[CallbackKey, str]) -> None:

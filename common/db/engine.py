@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
+from urllib.parse import urlencode
 
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError
@@ -37,8 +38,16 @@ READ_ATTEMPTS_MAX: Final = 2
 
 
 def driver_url(database_url: str) -> str:
-    """The URL as SQLAlchemy wants it, whatever PostgreSQL scheme it came with."""
-    return make_url(database_url).set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
+    """The URL as SQLAlchemy wants it, whatever PostgreSQL scheme it came with.
+
+    SQLAlchemy makes each parameter an argument of asyncpg, which knows `sslmode` and those that go with it in a DSN alone.
+    """
+    url = make_url(database_url).set(drivername="postgresql+asyncpg")
+    of_tls = [name for name in url.query if name.startswith("ssl") and name != "ssl"]
+    if of_tls:
+        dsn = f"postgresql://?{urlencode([(name, url.query[name]) for name in of_tls], doseq=True)}"
+        url = url.difference_update_query(of_tls).update_query_dict({"dsn": dsn})
+    return url.render_as_string(hide_password=False)
 
 
 def create_engine(settings: Settings, *, role: str, application: str, pool_max: int = 2) -> Engine:

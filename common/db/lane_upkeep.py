@@ -147,7 +147,7 @@ _WAITING: Final = text(
 async def list_lanes(
     tx: Tx, *, merchant: str | None = None, troubled: bool = False, rows_max: int = 50
 ) -> Sequence[Row[*tuple[Any, ...]]]:
-    """Lanes with their merchants' and shops' codes, of one merchant when asked; `troubled`: those held, resting or failing."""
+    """Lanes with the codes of merchant and shop, of one merchant when asked; `troubled`: those held, resting or coming back."""
     lane = callback_lanes.c
     query = (
         select(

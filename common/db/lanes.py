@@ -123,7 +123,7 @@ _LOCK_SHARES, _LOCK_FREE_SHARES = text(_SHARES_OF_LANES), text(f"{_SHARES_OF_LAN
 # takes none away. What a lane has earned above the unknown is its own; the rest is shared by the lanes of its merchant.
 _CLAIM = text(
     """
-    WITH places AS (
+    WITH wanted AS (
       SELECT unnest(CAST(:lane_ids AS uuid[])) AS lane_id),
     busy AS (
       SELECT * FROM unnest(CAST(:busy_lanes AS uuid[]), CAST(:busy_counts AS int[])) AS b (lane_id, calls)),
@@ -133,11 +133,12 @@ _CLAIM = text(
       SELECT l.id, l.merchant_id, l.taken_at, merchant.room AS merchant_room,
              coalesce(l.latency_ms > CAST(:slow_ms AS int), true) AS slow,
              greatest(l.cap - CAST(:cap_unknown AS int), 0) - l.in_flight AS earned,
+             CAST(:lane_max AS int) - coalesce(busy_merchants.calls, 0) AS worker_room,
              CASE WHEN l.held_at IS NULL AND l.blocked_until <= now() THEN greatest(0, least(
                     l.cap - l.in_flight, CAST(:lane_max AS int) - coalesce(busy.calls, 0),
                     CAST(:lane_max AS int) - coalesce(busy_merchants.calls, 0), CAST(:total_room AS int))) ELSE 0
              END AS room
-        FROM places CROSS JOIN LATERAL (SELECT * FROM callback_lanes WHERE id = places.lane_id LIMIT 1) l
+        FROM wanted CROSS JOIN LATERAL (SELECT * FROM callback_lanes WHERE id = wanted.lane_id LIMIT 1) l
         LEFT JOIN busy ON busy.lane_id = l.id
         LEFT JOIN busy_merchants ON busy_merchants.merchant_id = l.merchant_id
        CROSS JOIN LATERAL (
@@ -145,8 +146,9 @@ _CLAIM = text(
                   a.in_flight - greatest(a.cap - CAST(:cap_unknown AS int), 0)))), 0) AS room
            FROM callback_lanes a WHERE a.merchant_id = l.merchant_id AND a.in_flight > 0) merchant),
     ranked AS (
-      SELECT lanes.id AS lane_id, lanes.merchant_id, lanes.taken_at, lanes.slow, lanes.earned, lanes.merchant_room, d.event_id,
-             d.shop_id, d.step, row_number() OVER (PARTITION BY lanes.id ORDER BY d.due_at, d.event_id) AS place
+      SELECT lanes.id AS lane_id, lanes.merchant_id, lanes.taken_at, lanes.slow, lanes.earned, lanes.merchant_room,
+             lanes.worker_room, d.event_id, d.shop_id, d.step,
+             row_number() OVER (PARTITION BY lanes.id ORDER BY d.due_at, d.event_id) AS place
         FROM lanes CROSS JOIN LATERAL (
          SELECT d.event_id, d.shop_id, d.step, d.due_at FROM callback_due d
           WHERE d.lane_id = lanes.id AND d.lease_token IS NULL AND d.due_at <= now()
@@ -155,10 +157,13 @@ _CLAIM = text(
       SELECT r.*, count(*) FILTER (WHERE place > earned) OVER (
                PARTITION BY merchant_id ORDER BY place, taken_at, lane_id ROWS UNBOUNDED PRECEDING) AS merchant_place
         FROM ranked r),
+    of_workers AS (
+      SELECT r.*, row_number() OVER (PARTITION BY merchant_id ORDER BY place, taken_at, lane_id) AS worker_place
+        FROM of_lanes r WHERE place <= earned OR merchant_place <= merchant_room),
     of_merchants AS (
       SELECT r.*, count(*) FILTER (WHERE slow) OVER (
                ORDER BY place, taken_at, lane_id ROWS UNBOUNDED PRECEDING) AS slow_place
-        FROM of_lanes r WHERE place <= earned OR merchant_place <= merchant_room),
+        FROM of_workers r WHERE worker_place <= worker_room),
     at_pace AS (
       SELECT r.*, count(*) FILTER (WHERE step > 0) OVER (
                ORDER BY place, taken_at, lane_id ROWS UNBOUNDED PRECEDING) AS retry_place
@@ -174,10 +179,10 @@ _CLAIM = text(
              due_at = now() + make_interval(secs => CAST(:lease_seconds AS float8))
         FROM taken WHERE d.event_id = taken.event_id AND d.shop_id = taken.shop_id
       RETURNING d.event_id, d.shop_id, d.lane_id, d.step, d.attempts_made, d.resume_at, taken.slow, taken.merchant_id)
-    SELECT places.lane_id AS place, r.event_id, r.shop_id, r.merchant_id, r.step, r.attempts_made AS attempt_no, r.slow,
+    SELECT wanted.lane_id, r.event_id, r.shop_id, r.merchant_id, r.step, r.attempts_made AS attempt_no, r.slow,
            r.resume_at, c.url, e.body, s.callback_http, s.callback_ports,
-           EXISTS (SELECT 1 FROM fitting f WHERE f.lane_id = places.lane_id) AS fits
-      FROM places LEFT JOIN leased r ON r.lane_id = places.lane_id
+           EXISTS (SELECT 1 FROM fitting f WHERE f.lane_id = wanted.lane_id) AS fits
+      FROM wanted LEFT JOIN leased r ON r.lane_id = wanted.lane_id
       LEFT JOIN LATERAL (
         SELECT c.url FROM callbacks c WHERE c.event_id = r.event_id AND c.shop_id = r.shop_id LIMIT 1) c ON true
       LEFT JOIN LATERAL (SELECT e.body FROM events e WHERE e.id = r.event_id AND e.shop_id = r.shop_id LIMIT 1) e ON true
@@ -188,7 +193,7 @@ _CLAIM = text(
 # What is ours already by that token: the answer to the COMMIT of its claim was lost.
 _FIND_CLAIMED = text(
     """
-    SELECT l.id AS place, l.merchant_id, d.event_id, d.shop_id, d.step, d.attempts_made AS attempt_no, d.resume_at,
+    SELECT d.lane_id, l.merchant_id, d.event_id, d.shop_id, d.step, d.attempts_made AS attempt_no, d.resume_at,
            coalesce(l.latency_ms > CAST(:slow_ms AS int), true) AS slow, c.url, e.body, s.callback_http, s.callback_ports
       FROM callback_due d
       JOIN callback_lanes l ON l.id = d.lane_id
@@ -255,7 +260,8 @@ _FIND_LAPSED = text(
     """
 )
 
-# What was lost more than once comes back at times of its own, so that one that kills workers is lost alone in the end.
+# What was lost more than once comes back at times of its own, so that one that kills workers is lost alone in the end. Each is
+# found by its id: the sum with nothing keeps the planner from going by the time instead, through all that are leased.
 _RELEASE_LAPSED = text(
     """
     WITH lapsed AS (
@@ -311,6 +317,8 @@ async def claim_in_turn(tx: Tx, lease: Lease, room: Room) -> list[ClaimedCallbac
     Two statements, never one: the second sees all that was committed before the first had its locks.
     Locks: the shares of the lanes' merchants.
     """
+    if room.total == 0:
+        return []
     which = {"slow_room": room.slow, "slow_ms": SLOW_MILLISECONDS, "lanes_max": LANES_MAX}
     claimed: list[ClaimedCallback] = []
     for _ in range(_LOOKS_MAX):
@@ -377,13 +385,13 @@ async def _claim(tx: Tx, lease: Lease, room: Room, lane_ids: Sequence[UUID]) -> 
             },
         )
     ).all()
-    taken, fits = dict.fromkeys((row.place for row in rows), 0), {row.place: row.fits for row in rows}
+    taken, fits = dict.fromkeys((row.lane_id for row in rows), 0), {row.lane_id: row.fits for row in rows}
     claimed = []
     for row in rows:
         if row.event_id is not None:
-            taken[row.place] += 1
+            taken[row.lane_id] += 1
             claimed.append(_callback(row))
-    # A lane for which it was only we that had no more room is somebody else's to serve, at once.
+    # A lane for which it was only we that had no room left in all is somebody else's to serve, at once.
     keeps = {lane for lane, n in taken.items() if n == 0 and (fits[lane] or room.total == 0)}
     turns = [
         Turn(lane, n, 0.0 if n or lane in keeps else _NOTHING_FITTED_SECONDS, lane in keeps)
@@ -397,7 +405,7 @@ def _callback(row: Row[*tuple[Any, ...]]) -> ClaimedCallback:
     return ClaimedCallback(
         event_id=row.event_id,
         shop_id=row.shop_id,
-        lane_id=row.place,
+        lane_id=row.lane_id,
         merchant_id=row.merchant_id,
         step=row.step,
         attempt_no=row.attempt_no,

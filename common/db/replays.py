@@ -71,6 +71,8 @@ _BEGIN = text(
     """
 ).bindparams(bindparam("filter", type_=JSONB))
 
+_EXISTS = text("SELECT EXISTS (SELECT 1 FROM callback_replays WHERE id = :id)")
+
 _LOCK = text(
     """
     SELECT id, filter, per_second, behind, sent, passed_over, created_at, finished_at IS NOT NULL AS finished
@@ -143,6 +145,11 @@ async def begin_replay(tx: Tx, replay_id: UUID, chosen: Chosen, *, per_second: i
     await tx.execute(
         _BEGIN, {"id": replay_id, "filter": values, "per_second": per_second, "actor": actor, "reason": reason}
     )
+
+
+async def has_replay(tx: Tx, replay_id: UUID) -> bool:
+    """Whether there is such a replay, over or not."""
+    return bool(await tx.scalar(_EXISTS, {"id": replay_id}))
 
 
 async def replay_page(tx: Tx, replay_id: UUID, *, rows_max: int, looks_max: int = LOOKS_MAX) -> Replay | None:

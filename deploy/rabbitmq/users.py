@@ -1,5 +1,6 @@
 """`python users.py | rabbitmqctl import_definitions`: a user for each role of the product, with the rights it needs.
 
+`python users.py definitions.json` prints those definitions with the users in them: all that a new node needs at once.
 Run it again with other passwords to change them; rights are brought back to what stands here. No password is printed.
 From the environment: GATEWAY_PASSWORD, WORKER_PASSWORD and OPS_PASSWORD; RABBITMQ_VHOST (payouts) and
 PAYOUTS_AMQP_QUEUE_PREFIX (none), both as the product's processes have them.
@@ -14,6 +15,7 @@ import secrets
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 _NOTHING: Final = "^$"
@@ -87,6 +89,7 @@ def _hash(password: str) -> str:
 
 if __name__ == "__main__":
     try:
-        json.dump(definitions(os.environ), sys.stdout, indent=2)
+        others = json.loads(Path(sys.argv[1]).read_text()) if len(sys.argv) > 1 else {}
+        json.dump(others | definitions(os.environ), sys.stdout, indent=2)
     except ValueError as error:
         sys.exit(f"error: {error}")

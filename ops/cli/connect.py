@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import os
+import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
@@ -23,10 +24,6 @@ SEALER: Final = "payouts_sealer"
 READONLY: Final = "payouts_readonly"
 
 _T = TypeVar("_T")
-
-# For commands that seal and open nothing: who may look at balances need not hold the keys. They are given to nobody.
-_NO_KEY: Final = base64.b64encode(bytes(KEY_BYTES)).decode()
-_NO_KEYS: Final = {"PAYOUTS_MASTER_KEYS": f"1:{_NO_KEY}", "PAYOUTS_CONTENT_KEY": _NO_KEY}
 
 
 def run_connected(work: Callable[[Engine], Awaitable[_T]], *, role: str = OPS) -> _T:
@@ -79,7 +76,7 @@ def run_explained(work: Coroutine[Any, Any, _T]) -> _T:
 
 def read_settings() -> Settings:
     """The settings of a command that seals and opens nothing. Raises: `Refused`."""
-    return _parse_settings(_NO_KEYS | read_environment())
+    return _parse_settings(_no_keys() | read_environment())
 
 
 def read_environment() -> dict[str, str]:
@@ -110,6 +107,12 @@ def _unsure_when_unreachable() -> Iterator[None]:
         raise
     except Unreachable as error:
         raise Unreachable(f"{error.message}; it may have been done, look before you repeat it") from error
+
+
+def _no_keys() -> dict[str, str]:
+    """For commands that seal and open nothing: who may look at balances need not hold the keys. These are nobody's."""
+    master, content = (base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode() for _ in range(2))
+    return {"PAYOUTS_MASTER_KEYS": f"1:{master}", "PAYOUTS_CONTENT_KEY": content}
 
 
 def _parse_settings(environment: dict[str, str]) -> Settings:

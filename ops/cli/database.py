@@ -4,7 +4,7 @@ import click
 
 from common.db.invariants import Finding, verify
 from migrations.run import upgrade
-from ops.cli.connect import READONLY, read_environment, run_connected, run_explained
+from ops.cli.connect import READONLY, read_settings, run_connected, run_explained
 from ops.cli.errors import CheckFailed
 from ops.cli.options import json_option
 from ops.cli.output import Record, print_json, print_table, show_record
@@ -29,7 +29,7 @@ def verify_command(as_json: bool) -> None:
 @json_option
 def migrate_command(as_json: bool) -> None:
     """Bring the database to the newest schema; roles first. A second call changes nothing."""
-    revision = run_explained(upgrade(read_environment()["DATABASE_URL"]))
+    revision = run_explained(upgrade(read_settings().database_url))
     show_record({"revision": revision}, as_json=as_json)
 
 

@@ -31,7 +31,7 @@ def parse_lane_id(text: str) -> UUID:
 
 @lane_group.command("list")
 @merchant_option
-@click.option("--troubled", is_flag=True, help="Only those that are held, left in peace or failing.")
+@click.option("--troubled", is_flag=True, help="Only those that are held, left in peace, or coming back.")
 @click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="How many at most.")
 @json_option
 def list_lanes_command(merchant: str | None, troubled: bool, limit: int, as_json: bool) -> None:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from common.db.engine import Engine, Tx, in_transaction
 from common.db.ledger import append_audit
-from common.db.replays import Chosen, Replay, begin_replay, find_page, replay_page
+from common.db.replays import Chosen, Replay, begin_replay, find_page, has_replay, replay_page
 from common.domain.addresses import origin_of
 from common.domain.ids import new_id
 from ops.cli.connect import run_changing, run_connected
@@ -99,9 +99,18 @@ def replay_command(
 
 @click.command("resume")
 @click.argument("replay_id", type=parse_replay_id)
+@reason_option
+@actor_option
 @json_option
-def resume_command(replay_id: UUID, as_json: bool) -> None:
+def resume_command(replay_id: UUID, reason: str, actor: str, as_json: bool) -> None:
     """Go on with a replay that was interrupted, where it ended."""
+
+    async def note(tx: Tx) -> None:
+        if not await has_replay(tx, replay_id):
+            raise Refused(f"there is no replay {replay_id}")
+        await append_audit(tx, actor=actor, action="callback.replay_resumed", subject=str(replay_id), reason=reason)
+
+    run_changing(lambda engine: in_transaction(engine, note))
     _go_on(replay_id, None, as_json=as_json)
 
 

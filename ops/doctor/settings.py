@@ -1,17 +1,17 @@
 """Relations between settings that are wise. Those that must hold are refused at every start."""
 
 from collections.abc import Iterator
-from ipaddress import ip_address
 
 from yarl import URL
 
+from common.secrecy import is_safe_way_to_broker, is_safe_way_to_database
 from common.settings import Settings
 from ops.doctor import Finding, Verdict, good_if
 
 
 def check_settings(settings: Settings) -> Iterator[Finding]:
     """What the settings of this process have to do with each other."""
-    yield Finding("settings", Verdict.GOOD, "readable, and without contradictions")
+    yield Finding("settings", Verdict.GOOD, f"readable, and without contradictions; for {settings.environment}")
     yield good_if(
         settings.drain_seconds >= settings.rail_timeout_seconds,
         "leaving",
@@ -37,7 +37,15 @@ def check_settings(settings: Settings) -> Iterator[Finding]:
         "private ones are allowed" if settings.callback_private_addresses else "public ones alone",
         "merchants reach what is inside your network: PAYOUTS_CALLBACK_PRIVATE_ADDRESSES=0 in production",
     )
-    open_ways = [URL(url).host or "" for url in settings.amqp_urls if not _is_safe(URL(url))]
+    yield good_if(
+        is_safe_way_to_database(settings.database_url),
+        "way to the database",
+        "encrypted and verified, or on this machine"
+        if is_safe_way_to_database(settings.database_url)
+        else "others can listen, or pretend to be the database",
+        "sslmode=verify-full in DATABASE_URL, across a network that you do not trust",
+    )
+    open_ways = [URL(url).host or "" for url in settings.amqp_urls if not is_safe_way_to_broker(url)]
     if settings.amqp_urls:
         yield good_if(
             not open_ways,
@@ -45,13 +53,3 @@ def check_settings(settings: Settings) -> Iterator[Finding]:
             f"open to others: {', '.join(open_ways)}" if open_ways else "encrypted and verified, or on this machine",
             "amqps:// with a certificate that is verified, across a network that you do not trust",
         )
-
-
-def _is_safe(url: URL) -> bool:
-    """Whether nobody can listen or pretend to be the broker: on this machine, or TLS that verifies."""
-    host = url.host or ""
-    try:
-        local = host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    return local or (url.scheme == "amqps" and url.query.get("no_verify_ssl", "0") == "0")

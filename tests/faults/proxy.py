@@ -79,16 +79,18 @@ class Proxy:
         self._flowing.set()
         self._released = asyncio.Event()
         self._delay_seconds = 0.0
+        self._then_refuse = False
         self._listener: asyncio.Server | None = None
         self._links: set[_Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def fail_commits(self, fault: CommitFault, *, count: int = 1, after: int = 0) -> None:
+    def fail_commits(self, fault: CommitFault, *, count: int = 1, after: int = 0, then_refuse: bool = False) -> None:
         """Let the next few COMMITs of transactions that have written go wrong, after some that pass.
 
-        `faults_done` counts those that did.
+        `faults_done` counts those that did. `then_refuse`: with an answer that is lost, everything else is cut and refused.
         """
         self._released.clear()
+        self._then_refuse = then_refuse
         self._faults = [*[None] * after, *[fault] * count]
 
     def stop_failing(self) -> None:
@@ -191,6 +193,8 @@ class Proxy:
                 self.faults_done += 1
                 if link.fault is CommitFault.LOSE_ANSWER:
                     link.cut()
+                    if self._then_refuse:
+                        self.refuse()
                     return
                 await self._released.wait()
                 for held in link.sent:

@@ -468,6 +468,22 @@ async def test_a_delivery_whose_connection_breaks_at_commit_is_recorded_once(
         await on.assert_told_once(["200"])
 
 
+async def test_a_claim_of_which_nobody_heard_is_sent_as_soon_as_the_database_is_back(
+    owner: Engine, config: Settings, superuser: Superuser
+) -> None:
+    """Not when its lease is over: that is longer than this test waits."""
+    async with settled_scene(owner, config, superuser, **LONG) as on, proxy(config.database_url) as network:
+        network.fail_commits(CommitFault.LOSE_ANSWER, then_refuse=True)
+        worker = await start_behind(on, network, "callbacks")
+        await until_failed(network)
+        await until_round_failed(worker)
+        assert not on.receiver.deliveries
+        await network.listen()
+        await on.until_received(1)
+        await on.until_told()
+        await on.assert_told_once(["200"])
+
+
 async def test_a_database_that_falls_silent_before_a_delivery_is_recorded_costs_no_second_call(
     owner: Engine, config: Settings, superuser: Superuser
 ) -> None:

@@ -138,6 +138,7 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "reconcile",
         "keys rotate-master",
         "callbacks replay",
+        "callbacks resume",
         "lane hold",
         "lane release",
     }
@@ -157,6 +158,7 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "shop secret rotate",
         "shop secret revoke",
         "callbacks replay",
+        "callbacks resume",
         "lane hold",
         "lane release",
     }

@@ -158,6 +158,7 @@ async def test_a_database_that_forgets_is_wrong(make_cluster: MakeCluster) -> No
         ({"PAYOUTS_SETTLE_SHOP_CONCURRENCY": "600"}, "share per shop"),
         ({"PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS": "20"}, "database time-outs"),
         ({"PAYOUTS_CALLBACK_PRIVATE_ADDRESSES": "1"}, "callback addresses"),
+        ({"DATABASE_URL": "postgresql://user:hunter2@db.example/payouts"}, "way to the database"),
         ({"AMQP_URL": "amqp://user:hunter2@rabbit.example/"}, "way to the broker"),
         ({"AMQP_URL": "amqp://10.0.0.7,amqp://localhost"}, "way to the broker"),
         ({"AMQP_URL": "amqps://rabbit.example/?no_verify_ssl=1"}, "way to the broker"),

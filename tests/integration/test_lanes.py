@@ -340,6 +340,61 @@ async def test_a_merchant_with_many_origins_that_hang_has_no_more_than_a_merchan
         await rounds_until(deliverer, told, "somebody else whom nobody knows either is told meanwhile")
 
 
+async def test_a_worker_that_is_full_all_the_time_still_finds_what_nobody_told_of(yard: Yard) -> None:
+    async with (
+        endpoint() as receiver,
+        delivering(yard, callback_concurrency=4, scan_interval_seconds=0.0) as deliverer,
+    ):
+        for _ in range(3):
+            await yard.wait(await yard.desk.merchant(), origin_of(receiver), count=300, cap=256)
+
+        async def work() -> None:
+            while True:
+                await deliverer.run_round()
+
+        async def full() -> bool:
+            return len(receiver.received) >= 20
+
+        working = asyncio.create_task(work())
+        await eventually(full, "the flood is under way", PATIENCE_SECONDS)
+        other = await yard.desk.merchant()
+        await yard.wait(other, origin_of(receiver), in_lane=False)
+        (fresh,) = await yard.due(f"shop_id = '{other.shop.id}'")
+
+        async def all_told() -> bool:
+            return await yard.desk.count("callback_due") == 0
+
+        await eventually(all_told, "everybody is told", PATIENCE_SECONDS)
+        working.cancel()
+        heard = [request.headers["webhook-id"] for request in receiver.received]
+        assert heard.index(render_id(EVENT, fresh.event_id)) < 600, "it did not wait for the end of the flood"
+
+
+async def test_a_merchants_part_of_a_worker_is_one_for_all_of_his_lanes(yard: Yard) -> None:
+    merchant = await yard.desk.merchant()
+    await yard.wait(merchant, *(f"http://{name}" for name in "abcd"), count=50, cap=256)
+    _, claimed = await yard.claim(room(lane=64, busy_merchants={merchant.shop.merchant_id: 54}))
+    assert len(claimed) == 10, "of 64, 54 are busy"
+    assert len({callback.lane_id for callback in claimed}) == 4, "and the rest is taken from all"
+
+
+async def test_a_receiver_that_was_fast_and_falls_silent_leaves_those_whom_nobody_knows_their_share(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deliver, "SLOW_MILLISECONDS", 0)
+    async with hanging() as port, endpoint() as receiver, delivering(yard, callback_concurrency=256) as deliverer:
+        silent, unknown = [await yard.desk.merchant() for _ in range(2)]
+        await yard.wait(silent, f"http://127.0.0.1:{port}", count=300, cap=256)
+        await deliverer.run_round()
+        assert await yard.desk.count("callback_due", "lease_token IS NOT NULL") == 128
+        await yard.wait(unknown, origin_of(receiver), count=3, latency_ms=None)
+
+        async def told() -> bool:
+            return len(receiver.received) == 3
+
+        await rounds_until(deliverer, told, "who is new is told meanwhile")
+
+
 async def test_lanes_of_a_merchant_who_has_all_that_he_may_take_no_room_of_others(yard: Yard) -> None:
     """What a claim passes over counts for nothing, neither as slow nor as failed before."""
     merchant, *others = [await yard.desk.merchant() for _ in range(9)]
@@ -710,6 +765,23 @@ async def test_a_late_2xx_delivers_what_was_given_back_and_counts_no_lease(yard:
     await yard.record(current, again, 503)
     assert (await lane_of(yard.desk, merchant)).in_flight == 0
     assert await yard.desk.count("callbacks", "state = 'delivered'") == 2
+    await assert_lanes_sound(yard.desk)
+
+
+async def test_a_record_that_is_repeated_teaches_nothing_twice_and_ends_nothing_that_came_after_it(yard: Yard) -> None:
+    """Its COMMIT counted and nobody heard of it; meanwhile somebody has the callback sent again."""
+    merchant = await yard.desk.merchant()
+    await yard.wait(merchant, "http://a")
+    token, claimed = await yard.claim()
+    await yard.record(token, claimed, 200)
+    lane = await lane_of(yard.desk, merchant)
+    await yard.record(token, claimed, 200)
+    assert (await lane_of(yard.desk, merchant)).streak == lane.streak == 1
+    assert await in_transaction(yard.desk.worker, lambda tx: resend_callback(tx, claimed[0].event_id))
+    await yard.record(token, claimed, 200)
+    assert await yard.desk.count("callback_due", "lease_token IS NULL") == 1, "it is still to be sent"
+    assert await yard.desk.count("callbacks", "state = 'pending'") == 1
+    assert await yard.desk.count("callback_attempts") == 1
     await assert_lanes_sound(yard.desk)
 
 

@@ -291,15 +291,16 @@ async def test_a_replay_that_was_killed_goes_on_where_it_ended_and_sends_nothing
     assert sorted(await deliver(floor, 503)) == events[:21]
     assert await pending(floor) == [], "all of them are exhausted again"
 
-    resumed = await terminal.run("callbacks", "resume", replay_id, "--json")
+    resumed = await terminal.run("callbacks", "resume", replay_id, *BECAUSE, "--json")
 
     assert json.loads(resumed.out) == {"replay": str(replay_id), "sent": 60, "passed_over": 0}
     assert await pending(floor) == events[21:]
-    again = await terminal.run("callbacks", "resume", replay_id, "--json")
+    again = await terminal.run("callbacks", "resume", replay_id, *BECAUSE, "--json")
     assert json.loads(again.out)["sent"] == 60, "it is over"
+    assert await floor.count("audit", f"action = 'callback.replay_resumed' AND subject = '{replay_id}'") == 2
     assert await pending(floor) == events[21:]
-    (await terminal.run("callbacks", "resume", uuid4())).assert_refused("no replay")
-    (await terminal.run("callbacks", "resume", "evt_1")).assert_refused("not the id of a replay")
+    (await terminal.run("callbacks", "resume", uuid4(), *BECAUSE)).assert_refused("no replay")
+    (await terminal.run("callbacks", "resume", "evt_1", *BECAUSE)).assert_refused("not the id of a replay")
     await assert_sound(floor.owner)
 
 

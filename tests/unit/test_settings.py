@@ -1,6 +1,7 @@
 """Nonsense in the environment is refused at start: every variable by name, all at once, and never a value."""
 
 import base64
+import hashlib
 from dataclasses import fields
 
 import pytest
@@ -13,6 +14,18 @@ GOOD = {
     "DATABASE_URL": f"postgresql://payouts:{SECRET}@db/payouts",
     "PAYOUTS_MASTER_KEYS": f"1:{KEY}",
     "PAYOUTS_CONTENT_KEY": KEY,
+}
+
+
+PASSWORD = "kJ3-xW9_pQ7.tR5~mN1z"
+MASTER_KEY, CONTENT_KEY = (base64.b64encode(hashlib.sha256(name).digest()).decode() for name in (b"master", b"content"))
+PRODUCTION = {
+    "PAYOUTS_ENV": "production",
+    "DATABASE_URL": f"postgresql://payouts:{PASSWORD}@db/payouts?sslmode=verify-full",
+    "AMQP_URL": f"amqps://payouts:{PASSWORD}@mq/payouts,amqp://payouts:{PASSWORD}@127.0.0.1/payouts",
+    "PAYOUTS_MASTER_KEYS": f"1:{MASTER_KEY}",
+    "PAYOUTS_CONTENT_KEY": CONTENT_KEY,
+    "PAYOUTS_CALLBACK_HTTPS_ONLY": "1",
 }
 
 
@@ -126,6 +139,57 @@ def test_a_lease_that_ends_before_its_call_is_written_down_is_refused(lease: str
     said = refusal(**{lease: "30", timeout: "25.1"})
     assert said == f"{lease}: must exceed {timeout} by 5"
     Settings.from_environ(GOOD | {lease: "30", timeout: "25"})
+
+
+def test_production_is_said_and_not_guessed() -> None:
+    assert Settings.from_environ(GOOD).environment == "development"
+    assert Settings.from_environ(PRODUCTION).environment == "production"
+    assert refusal(PAYOUTS_ENV="prod") == "PAYOUTS_ENV: must be one of development, production"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "word"),
+    [
+        ("DATABASE_URL", f"postgresql://payouts:{PASSWORD}@db/payouts", "sslmode"),
+        ("DATABASE_URL", f"postgresql://payouts:{PASSWORD}@db/payouts?sslmode=require", "sslmode"),
+        ("DATABASE_URL", "postgresql://payouts:payouts@127.0.0.1/payouts", "password"),
+        ("DATABASE_URL", "postgresql://payouts:change-me-change-me@127.0.0.1/payouts", "password"),
+        ("AMQP_URL", f"amqp://payouts:{PASSWORD}@mq/payouts", "amqps://"),
+        ("AMQP_URL", f"amqps://payouts:{PASSWORD}@mq-1/payouts,amqp://payouts:{PASSWORD}@mq-2/payouts", "amqps://"),
+        ("AMQP_URL", f"amqps://payouts:{PASSWORD}@mq/payouts?no_verify_ssl=1", "verify"),
+        ("AMQP_URL", "amqp://guest:guest@127.0.0.1/", "password"),
+        ("PAYOUTS_MASTER_KEYS", f"1:{KEY}", "random"),
+        ("PAYOUTS_MASTER_KEYS", f"1:{MASTER_KEY},2:{KEY}", "random"),
+        ("PAYOUTS_MASTER_KEYS", f"1:{MASTER_KEY},2:{MASTER_KEY}", "twice"),
+        ("PAYOUTS_CONTENT_KEY", KEY, "random"),
+        ("PAYOUTS_CONTENT_KEY", MASTER_KEY, "no master key"),
+        ("PAYOUTS_LOG_FORMAT", "console", "json"),
+        ("PAYOUTS_CALLBACK_PRIVATE_ADDRESSES", "1", "0"),
+        ("PAYOUTS_CALLBACK_HTTPS_ONLY", "0", "1"),
+        ("PYTHONASYNCIODEBUG", "1", "not be set"),
+        ("PYTHONDEVMODE", "1", "not be set"),
+    ],
+)
+def test_production_refuses_what_is_right_on_a_developers_machine_alone(variable: str, value: str, word: str) -> None:
+    changed = PRODUCTION | {variable: value}
+    Settings.from_environ(changed | {"PAYOUTS_ENV": "development"})
+
+    said = refusal(**changed)
+
+    assert said.startswith(f"{variable}: ")
+    assert said.endswith(", in production")
+    assert word in said
+    assert "; " not in said
+    assert not [secret for secret in (PASSWORD, MASTER_KEY, CONTENT_KEY, KEY, "guest", "change-me") if secret in said]
+
+
+def test_production_names_all_that_it_refuses_at_once() -> None:
+    said = refusal(PAYOUTS_ENV="production", AMQP_URL="amqp://guest:guest@mq/", PAYOUTS_LOG_FORMAT="console")
+    assert [part.split(":")[0] for part in said.split("; ")] == [
+        *("DATABASE_URL", "DATABASE_URL", "AMQP_URL", "AMQP_URL"),
+        *("PAYOUTS_MASTER_KEYS", "PAYOUTS_CONTENT_KEY", "PAYOUTS_CONTENT_KEY"),
+        *("PAYOUTS_LOG_FORMAT", "PAYOUTS_CALLBACK_HTTPS_ONLY"),
+    ]
 
 
 def test_the_highest_master_key_seals_and_all_of_them_open() -> None:

@@ -1,4 +1,7 @@
-"""Delivery: claim callbacks under a lease, send the stored bytes, record each attempt. The same three steps as settlement."""
+"""Delivery: claim callbacks under a lease, send the stored bytes, record each attempt.
+
+The same three steps as settlement; but whoever records makes room, and takes the next callbacks in the same transaction.
+"""
 
 import asyncio
 import math
@@ -34,7 +37,7 @@ from common.db.lanes import (
 from common.db.webhook_secrets import SealedWebhookSecret, find_webhook_secrets
 from common.domain.ids import EVENT, render_id
 from common.domain.lane import SLOW_MILLISECONDS
-from common.errors import Transient
+from common.errors import AccountBusy, Transient
 from common.log import LogEvent, get_logger
 from common.messaging.codec import WorkMessage
 from common.process import end_tasks
@@ -55,11 +58,11 @@ _RECORD_AGAIN_SECONDS: Final = (0.01, 0.05)
 _LANES_LOOKED_AT: Final = 256
 # Longer than other transactions: an attempt that is not recorded is made again.
 _RECORD_ATTEMPTS_MAX: Final = 20
-# A claim for less than this part of what may be in flight waits a moment for more, so that few transactions take many.
+# While something is in flight, a claim for less than this part of all that may be, or after one that left nothing, is put off
+# until nobody has claimed for a moment: so few transactions take many, and those that record are mostly the ones.
 _ROOM_MIN_SHARE: Final = 1 / 16
-_ROOM_WAIT_SECONDS: Final = 0.02
-# Whoever records claims as well; only when nobody has for so long does a claim of its own take what little room there is.
 _CLAIM_APART_SECONDS: Final = 0.05
+_LANDING_WAIT_SECONDS: Final = 0.02
 
 
 LEASES_LAPSED: Final = Counter(
@@ -73,6 +76,14 @@ class _Flight:
 
     callback: ClaimedCallback
     since: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What a claim took, and the sealed secrets of its shops."""
+
+    claimed: list[ClaimedCallback]
+    secrets: dict[UUID, list[SealedWebhookSecret]]
 
 
 class Deliverer:
@@ -102,6 +113,9 @@ class Deliverer:
         self._draining = False
         self._looked_at = -math.inf
         self._claimed_at = -math.inf
+        self._more_waits = True
+        # Claims whose COMMIT nobody heard the answer of, and when they were made.
+        self._unheard: dict[Lease, float] = {}
         self._behind = FIRST_LANE
         # One claim at a time, so that each knows how much room there is.
         self._claiming = asyncio.Lock()
@@ -111,16 +125,16 @@ class Deliverer:
 
     async def run_round(self) -> bool:
         """Look for callbacks that can leave now and start sending them. Returns whether to look again at once."""
+        await self._look()
+        while not self._leaving and not self._worth_a_claim():
+            # Not for the next landing: whoever records it claims as well.
+            await asyncio.sleep(_LANDING_WAIT_SECONDS)
+            await self._look()
         if self._leaving:
             return False
-        await self._look()
-        if not await self._await_room():
-            return False
         claimed, _ = await self._claim(claim_in_turn)
-        if claimed:
-            return True
         # What is in flight may make room in a lane that is full.
-        return bool(self._flights) and await self._await_landing()
+        return bool(claimed) or (bool(self._flights) and await self._await_landing())
 
     async def claim_messages(self, messages: Sequence[WorkMessage]) -> bool:
         """Claim what messages tell of and start sending it; False when it was given up, since we leave.
@@ -170,37 +184,38 @@ class Deliverer:
         finally:
             self._draining = False
 
-    async def _await_room(self) -> bool:
-        """Wait until there is room worth a claim, or any at all after a moment; False when we leave."""
-        worth_it = max(1, int(self._settings.callback_concurrency * _ROOM_MIN_SHARE))
-        while not self._leaving and (room := self._room_total()) < worth_it:
-            if room > 0 and monotonic() > self._claimed_at + _CLAIM_APART_SECONDS:
-                break
-            await self._await_landing()
-        return not self._leaving
+    def _worth_a_claim(self) -> bool:
+        """Whether there is room for a claim, and enough of it, or nobody has claimed for a moment."""
+        room = self._settings.callback_concurrency - len(self._flights)
+        if not self._flights or monotonic() > self._claimed_at + _CLAIM_APART_SECONDS:
+            return room > 0
+        return self._more_waits and room >= self._settings.callback_concurrency * _ROOM_MIN_SHARE
 
     async def _await_landing(self) -> bool:
         """Wait a moment for something in flight to end; whether it has."""
         self._landed.clear()
         with suppress(TimeoutError):
-            async with asyncio.timeout(_ROOM_WAIT_SECONDS):
+            async with asyncio.timeout(_LANDING_WAIT_SECONDS):
                 await self._landed.wait()
         return self._landed.is_set()
 
-    def _room_total(self) -> int:
-        return self._settings.callback_concurrency - len(self._flights)
+    def _room(self, ending: Collection[CallbackKey]) -> Room:
+        """What may be taken when these have ended. What has been in flight for long is slow, whatever was known of its lane.
 
-    def _room(self, landing: Collection[CallbackKey]) -> Room:
-        """What may be taken when these have ended. What has been in flight for long is slow, whatever was known of its lane."""
+        Of the share of the slow, those that were thought fast take up no more than half: one receiver that falls silent leaves
+        the others of whom nothing is known theirs.
+        """
         settings = self._settings
         slow_since = monotonic() - SLOW_MILLISECONDS / 1000
-        flights = [flight for flight in self._flights.values() if flight.callback.key not in landing]
-        slow = sum(flight.callback.slow or flight.since < slow_since for flight in flights)
+        flights = [flight for flight in self._flights.values() if flight.callback.key not in ending]
+        slow = sum(flight.callback.slow for flight in flights)
+        late = sum(not flight.callback.slow and flight.since < slow_since for flight in flights)
         retries = sum(flight.callback.step > 0 for flight in flights)
+        slow_share = _share(settings.callback_concurrency, settings.callback_slow_share)
         return Room(
             total=max(0, min(_CLAIM_MAX, settings.callback_concurrency - len(flights))),
             retries=max(0, _share(settings.callback_concurrency, settings.callback_retry_share) - retries),
-            slow=max(0, _share(settings.callback_concurrency, settings.callback_slow_share) - slow),
+            slow=max(0, slow_share - slow - min(late, slow_share // 2)),
             lane=settings.callback_lane_concurrency,
             busy=Tally(flight.callback.lane_id for flight in flights),
             busy_merchants=Tally(flight.callback.merchant_id for flight in flights),
@@ -216,29 +231,54 @@ class Deliverer:
         Returns: what was claimed, and the lanes that were not recorded.
         """
         async with self._claiming:
-            settings, now = self._settings, monotonic()
+            now, leaving = monotonic(), self._leaving
             room = self._room({item.callback.key for item in ended})
-            lease = Lease(uuid4(), settings.callback_lease_seconds)
-            start_until = now + settings.callback_lease_seconds - settings.callback_timeout_seconds
+            lease = Lease(uuid4(), self._settings.callback_lease_seconds)
             tries = 0
 
-            async def work(tx: Tx) -> tuple[list[ClaimedCallback], dict[UUID, list[SealedWebhookSecret]], set[UUID]]:
+            async def work(tx: Tx) -> tuple[_Taken, set[UUID]]:
                 nonlocal tries
                 tries += 1
                 left = await record_attempts(tx, ended, now=now) if ended else set()
-                claimed = (await find_claimed(tx, lease) if tries > 1 else []) or await claim(tx, lease, room)
-                return claimed, await find_webhook_secrets(tx, {callback.shop_id for callback in claimed}), left
+                claimed = await find_claimed(tx, lease) if tries > 1 else []
+                if not (claimed or leaving):
+                    claimed = await claim(tx, lease, room)
+                return await _with_secrets(tx, claimed), left
 
-            claimed, sealed, left = await in_transaction(self._engine, work)
-            self._claimed_at = monotonic()
-            secrets = {shop_id: self._open(of_shop) for shop_id, of_shop in sealed.items()}
-            for callback in claimed:
-                task = asyncio.create_task(
-                    self._deliver(callback, secrets.get(callback.shop_id, []), lease.token, start_until)
-                )
-                self._flights[task] = _Flight(callback, now)
-                task.add_done_callback(self._land)
-            return claimed, left
+            for unheard in list(self._unheard):
+                await self._take_up(unheard)
+            try:
+                taken, left = await in_transaction(self._engine, work)
+            except Transient:
+                self._unheard[lease] = now
+                raise
+            self._start(taken, lease, now)
+            if claim is claim_in_turn:
+                self._claimed_at = monotonic()
+                self._more_waits = len(taken.claimed) >= room.total
+            return taken.claimed, left
+
+    async def _take_up(self, lease: Lease) -> None:
+        """Send what a claim took of which nobody heard, unless it is too late for that."""
+        since = self._unheard[lease]
+        if monotonic() < since + lease.seconds:
+
+            async def work(tx: Tx) -> _Taken:
+                return await _with_secrets(tx, await find_claimed(tx, lease))
+
+            self._start(await in_transaction(self._engine, work), lease, since)
+        del self._unheard[lease]
+
+    def _start(self, taken: "_Taken", lease: Lease, since: float) -> None:
+        """Start sending what was claimed at `since`."""
+        start_until = since + lease.seconds - self._settings.callback_timeout_seconds
+        secrets = {shop_id: self._open(of_shop) for shop_id, of_shop in taken.secrets.items()}
+        for callback in taken.claimed:
+            task = asyncio.create_task(
+                self._deliver(callback, secrets.get(callback.shop_id, []), lease.token, start_until)
+            )
+            self._flights[task] = _Flight(callback, since)
+            task.add_done_callback(self._land)
 
     def _land(self, task: "asyncio.Task[None]") -> None:
         del self._flights[task]
@@ -280,7 +320,7 @@ class Deliverer:
         )
 
     async def _submit(self, ended: Ended) -> None:
-        """Have an attempt recorded, again and again while its lease lasts: what is not recorded is made once more."""
+        """Have an attempt recorded, again and again for as long as a lease: what is not recorded is made once more."""
         patient_until = ended.ended_at + self._settings.callback_lease_seconds
         failure = "AccountBusy"
         while monotonic() < patient_until:
@@ -305,6 +345,8 @@ class Deliverer:
         if not (self._leaving or self._draining or self._claiming.locked()):
             try:
                 _, left = await self._claim(claim_in_turn, ended)
+            except AccountBusy:
+                raise
             except Exception as error:
                 get_logger().warning(LogEvent.ROUND_FAILED, round="record and claim", error=type(error).__name__)
             else:
@@ -314,6 +356,10 @@ class Deliverer:
             self._engine, lambda tx: record_attempts(tx, ended, now=now), attempts_max=_RECORD_ATTEMPTS_MAX
         )
         return [item.callback.lane_id not in left for item in ended]
+
+
+async def _with_secrets(tx: Tx, claimed: list[ClaimedCallback]) -> _Taken:
+    return _Taken(claimed, await find_webhook_secrets(tx, {callback.shop_id for callback in claimed}))
 
 
 def _share(concurrency: int, share: float) -> int:

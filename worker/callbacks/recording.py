@@ -3,7 +3,7 @@
 import math
 from collections import Counter as Tally
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
@@ -58,7 +58,7 @@ async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float) -> set[
     not be attempted is given back as it was. `now` is monotonic, as `Ended.ended_at`.
     Returns: the lanes that were not recorded, since somebody else holds their merchants.
     Locks: the shares of the lanes' merchants by id, then the due rows in event id order.
-    Repeat: an attempt that is recorded already finds its lease gone.
+    Repeat: an attempt that is in the log already changes nothing.
     """
     wanted = {item.callback.lane_id for item in ended}
     lanes = set(await lock_shares(tx, wanted, waits=False))
@@ -70,22 +70,25 @@ async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float) -> set[
     paces = await find_paces(tx, lanes)
     finished: dict[CallbackKey, str] = {}
     again: dict[CallbackKey, Again] = {}
-    attempts, exchanges = [], defaultdict(list)
+    exchanges = defaultdict(list)
+    logged = [_logged(item, item.attempt, tokens, now=now) for item in ended if item.attempt is not None]
+    fresh = await append_callback_attempts(tx, logged)
+    LATE.inc(sum(line.late and (line.event_id, line.attempt_no) in fresh for line in logged))
     for item in ended:
-        key = item.callback.key
-        held = tokens.get(key) == item.token
-        if item.attempt is None:
+        callback, attempt = item.callback, item.attempt
+        key, held = callback.key, _is_held(item, tokens)
+        if attempt is None:
             if held and key not in finished:
-                again[key] = Again(item.callback.step, _OURS_AGAIN_SECONDS, ours=True)
+                again[key] = Again(callback.step, _OURS_AGAIN_SECONDS, ours=True)
             continue
-        attempts.append(_logged(item, item.attempt, late=not held, now=now))
-        if item.attempt.delivered and key in tokens:
+        if not held and (callback.event_id, callback.attempt_no) not in fresh:
+            continue
+        if attempt.delivered and key in tokens:
             finished[key] = "delivered"
         elif held and finished.get(key) != "delivered":
-            _conclude(item, item.attempt, finished, again)
-        if held or item.attempt.delivered:
-            exchanges[item.callback.lane_id].append(_exchange(item.attempt))
-    await append_callback_attempts(tx, attempts)
+            _conclude(item, attempt, finished, again)
+        if held or attempt.delivered:
+            exchanges[callback.lane_id].append(_exchange(attempt))
     await finish_callbacks(tx, finished)
     await reschedule_callbacks(tx, again)
     leases_ended = Tally(lane_ids[key] for key in {*finished, *again} if tokens[key] is not None)
@@ -121,10 +124,13 @@ def _exchange(attempt: Attempt) -> Exchange:
     return Exchange(healthy, attempt.duration_ms, asked_seconds)
 
 
-def _logged(item: Ended, attempt: Attempt, *, late: bool, now: float) -> CallbackAttempt:
+def _is_held(item: Ended, tokens: Mapping[CallbackKey, UUID | None]) -> bool:
+    """Whether the lease under which it was attempted is still ours."""
+    return tokens.get(item.callback.key) == item.token
+
+
+def _logged(item: Ended, attempt: Attempt, tokens: Mapping[CallbackKey, UUID | None], *, now: float) -> CallbackAttempt:
     callback = item.callback
-    if late:
-        LATE.inc()
     return CallbackAttempt(
         event_id=callback.event_id,
         shop_id=callback.shop_id,
@@ -135,7 +141,7 @@ def _logged(item: Ended, attempt: Attempt, *, late: bool, now: float) -> Callbac
         error=attempt.error,
         response_excerpt=attempt.response_excerpt,
         address=attempt.address,
-        late=late,
+        late=not _is_held(item, tokens),
         dns_ms=attempt.dns_ms,
         connect_ms=attempt.connect_ms,
         first_byte_ms=attempt.first_byte_ms,

@@ -1,0 +1,282 @@
+"""The whole way at a steady rate: accepted, settled, delivered; and whether anything falls behind.
+
+An open loop brings payouts, two gateways accept, a worker of each role does the rest, the merchant answers its callbacks.
+The ages of what has been due for the longest are looked at all the time. Afterwards each answer is laid beside its
+payout, each payout beside its money, and each callback beside what the merchant saw.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any, Final
+
+from rich.progress import Progress
+from rich.table import Table
+from sqlalchemy import text
+
+from bench import accept
+from bench.accept import draw_costs, render_costs
+from bench.answers import IN_RUN, Answers, check, in_run, send
+from bench.figures import Spread, spread_of
+from bench.filling import Shop, add_senders, add_shops
+from bench.goals import Goal, render_goals
+from bench.load import Plan, Sender
+from bench.picture import Bar, Bars, Chart, Lines
+from bench.scene import Scene
+from bench.settle import count_unsettled
+from common.db.ages import find_ages
+from common.db.engine import Tx, in_transaction
+from common.db.invariants import verify
+from common.domain.ids import EVENT, render_id
+
+PROCESSES: Final = ("gateway-1", "gateway-2", "settle", "callbacks", "sweep")
+GOAL_PER_SECOND: Final = 2000.0
+_CONNECTIONS: Final = 128
+_SAMPLE_SECONDS: Final = 0.5
+_POLL_SECONDS: Final = 0.2
+_DEADLINE_SECONDS: Final = 120.0
+# Below this nobody would say that anything falls behind; it is what the scan waits before it looks after messages.
+_AGE_SECONDS: Final = 1.5
+_GROWTH_MAX: Final = 1.1
+
+
+@dataclass(slots=True)
+class Ages:
+    """Seconds by which the oldest payout and callback that nobody has taken were late, sample by sample."""
+
+    at: list[float] = field(default_factory=list)
+    payout: list[float] = field(default_factory=list)
+    callback: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """What the merchants saw: how many in the time that counts, the seconds from 201 to the callback, what was not as
+    recorded.
+    """
+
+    counted: int
+    lag: Spread
+    differing: int
+
+
+async def measure(
+    on: Scene, *, rate: int, seconds: float, merchants: int, carriers: Sequence[str], progress: Progress
+) -> dict[str, Any]:
+    """Each carrier for that long."""
+    shops = await add_shops(on, "whole-way", [f"{on.origin(n)}/ok/callbacks" for n in range(merchants)])
+    senders = await add_senders(on, shops)
+    cases = []
+    for place, carrier in enumerate(carriers):
+        await on.maintain()
+        await on.forget()
+        async with on.running(*PROCESSES, carrier=carrier):
+            cases.append(await run_load(on, shops, senders, carrier, f"whole-{place}-", rate, seconds, progress))
+    return {
+        "wanted_per_second": rate,
+        "seconds": seconds,
+        "merchants": merchants,
+        "cases": cases,
+        "goals": [goal.told() for case in cases for goal in _goals(case)],
+        "broken": [finding.rule.name for finding in await verify(on.ops) if finding.count],
+    }
+
+
+async def run_load(
+    on: Scene,
+    shops: Sequence[Shop],
+    senders: list[Sender],
+    carrier: str,
+    prefix: str,
+    rate: int,
+    seconds: float,
+    progress: Progress,
+    *,
+    alone: bool = True,
+) -> dict[str, Any]:
+    """Bring payouts at that rate for so long, wait for the last callback, and lay everything beside everything.
+
+    `PROCESSES` must run. `alone`: nobody else has callbacks.
+    """
+    plan = Plan(
+        port=on.gateway_port,
+        path=accept.PATH,
+        prefix=prefix,
+        senders=senders,
+        connections=_CONNECTIONS,
+        seconds=seconds,
+        warm_seconds=2.0,
+        rate=float(rate),
+    )
+    before = await on.usage()
+    async with watching_ages(on) as ages:
+        answers = await send(plan, progress, f"{carrier}, {rate:,}/s")
+    created = len(answers.statuses) - answers.failed
+    of_run = in_run(shops, prefix)
+    await (_until_quiet(on, created, progress) if alone else _until_delivered(on, of_run, created, progress))
+    costs = (await on.usage()).since(before, max(1, created))
+    arrivals: dict[str, list[float]] = await on.ask_receiver("arrivals")
+    delivered = await in_transaction(on.superuser, lambda tx: lay_beside(tx, answers, of_run, arrivals, alone=alone))
+    unsettled = await in_transaction(on.superuser, lambda tx: count_unsettled(tx, of_run))
+    return {
+        "carrier": carrier,
+        "told": answers.summary(),
+        "delivered_per_second": round(delivered.counted / seconds, 1),
+        "lag": asdict(delivered.lag),
+        "differing": await check(on, answers, shops) + unsettled + delivered.differing,
+        "ages": asdict(ages),
+        "flat": is_flat(ages.payout) and is_flat(ages.callback),
+        "costs": asdict(costs),
+    }
+
+
+@asynccontextmanager
+async def watching_ages(on: Scene) -> AsyncIterator[Ages]:
+    """Look at the ages of what is due, again and again, as long as the context lasts."""
+    ages, started = Ages(), time.monotonic()
+
+    async def look() -> None:
+        while True:
+            found = await in_transaction(on.ops, find_ages)
+            ages.at.append(round(time.monotonic() - started, 1))
+            ages.payout.append(round(found.payout_seconds, 3))
+            ages.callback.append(round(found.callback_seconds, 3))
+            await asyncio.sleep(_SAMPLE_SECONDS)
+
+    looking = asyncio.create_task(look())
+    try:
+        yield ages
+    finally:
+        looking.cancel()
+
+
+def is_flat(ages: Sequence[float]) -> bool:
+    """Whether nothing falls behind: in the last third they are hardly above those of the third before, or short anyway."""
+    third = len(ages) // 3
+    if not third:
+        return max(ages, default=0.0) <= _AGE_SECONDS
+    before, after = median(ages[third : 2 * third]), median(ages[2 * third :])
+    return after <= max(_AGE_SECONDS, before * _GROWTH_MAX)
+
+
+async def _until_quiet(on: Scene, count: int, progress: Progress) -> None:
+    """Wait until the merchants have heard of so many, and nothing is due any more."""
+    waiting = progress.add_task("callbacks", total=count)
+    deadline = time.time() + _DEADLINE_SECONDS
+    while (received := (await on.ask_receiver("totals"))["received"]) < count and time.time() < deadline:
+        progress.update(waiting, completed=received)
+        await asyncio.sleep(_POLL_SECONDS)
+    query = text("SELECT EXISTS (SELECT 1 FROM callback_due) OR EXISTS (SELECT 1 FROM payout_due)")
+    while await in_transaction(on.ops, lambda tx: tx.scalar(query)) and time.time() < deadline:  # noqa: ASYNC110
+        await asyncio.sleep(_POLL_SECONDS)
+    progress.remove_task(waiting)
+
+
+async def _until_delivered(on: Scene, of_run: Mapping[str, Any], count: int, progress: Progress) -> None:
+    """Wait until so many callbacks of a run are delivered, whatever others have waiting."""
+    waiting = progress.add_task("callbacks", total=count)
+    deadline = time.time() + _DEADLINE_SECONDS
+    query = text(
+        "SELECT count(*) FROM payouts p JOIN callbacks c ON c.payout_id = p.id AND c.shop_id = p.shop_id"
+        f" WHERE {IN_RUN} AND c.state = 'delivered'"
+    )
+    while (delivered := await in_transaction(on.superuser, lambda tx: tx.scalar(query, of_run)) or 0) < count:
+        if time.time() > deadline:
+            break
+        progress.update(waiting, completed=delivered)
+        await asyncio.sleep(_POLL_SECONDS)
+    progress.remove_task(waiting)
+
+
+async def lay_beside(
+    tx: Tx, answers: Answers, of_run: Mapping[str, Any], arrivals: Mapping[str, Sequence[float]], *, alone: bool
+) -> Delivered:
+    """What the merchants saw, beside what is recorded: each callback delivered, with as many attempts as they counted."""
+    rows = await tx.execute(
+        text(
+            "SELECT p.external_id, c.event_id, c.state, (SELECT count(*) FROM callback_attempts t"
+            "   WHERE t.event_id = c.event_id AND t.shop_id = c.shop_id) AS attempts"
+            f" FROM payouts p LEFT JOIN callbacks c ON c.payout_id = p.id AND c.shop_id = p.shop_id WHERE {IN_RUN}"
+        ),
+        of_run,
+    )
+    lags, counted, differing, seen = list[float](), 0, 0, set[str]()
+    for row in rows:
+        webhook_id = "" if row.event_id is None else render_id(EVENT, row.event_id)
+        times = arrivals.get(webhook_id, [])
+        seen.add(webhook_id)
+        differing += row.state != "delivered" or len(times) != row.attempts
+        if times:
+            counted += answers.began <= min(times) < answers.ended
+            done = answers.done[int(row.external_id.removeprefix(answers.plan.prefix))]
+            lags.append(min(times) - done)
+    return Delivered(counted, spread_of(lags), differing + (len(arrivals.keys() - seen) if alone else 0))
+
+
+def _goals(case: dict[str, Any]) -> list[Goal]:
+    carrier, lost = case["carrier"], case["told"]["failed"] + case["differing"]
+    return [
+        Goal(f"{carrier}: accepted", case["told"]["per_second"], "per second", least=GOAL_PER_SECOND),
+        Goal(f"{carrier}: delivered", case["delivered_per_second"], "per second", least=GOAL_PER_SECOND),
+        Goal(f"{carrier}: lost, doubled or wrong", lost, "", most=0),
+        Goal(f"{carrier}: ages that grow", 0 if case["flat"] else 1, "", most=0),
+    ]
+
+
+def render(found: dict[str, Any]) -> Sequence[Table]:
+    """Rates, latencies and ages, a row for each carrier; the goals; what it cost."""
+    title = (
+        f"{found['wanted_per_second']:,} payouts per second for {found['seconds']:g} s,"
+        f" {found['merchants']:,} merchant{'s' if found['merchants'] > 1 else ''}"
+    )
+    rates = Table("carried by", "accepted/s", "delivered/s", "accept p50", "p99", "p99.9 ms", "records", title=title)
+    ages = Table(
+        "carried by", "201 to callback p50", "p99", "max", "oldest payout p50", "max", "oldest callback p50", "max", "",
+        title="seconds",
+    )  # fmt: skip
+    for case in found["cases"]:
+        told, lag = case["told"], case["lag"]
+        rates.add_row(
+            case["carrier"],
+            f"{told['per_second']:,.0f}",
+            f"{case['delivered_per_second']:,.0f}",
+            *(f"{told[name]:.1f}" for name in ("p50_ms", "p99_ms", "p99.9_ms")),
+            "nothing lost"
+            if not case["differing"] + told["failed"]
+            else f"{case['differing']:,} differ, {told['failed']:,} failed",
+        )
+        ages.add_row(
+            case["carrier"],
+            *(f"{lag[name]:.3f}" for name in ("p50", "p99", "max")),
+            *(
+                f"{figure:.2f}"
+                for kind in ("payout", "callback")
+                for figure in (median(case["ages"][kind] or [0.0]), max(case["ages"][kind], default=0.0))
+            ),
+            "flat" if case["flat"] else "GROW",
+        )
+    rates.caption = f"the rules of the ledger: {', '.join(found['broken']) or 'all hold'}"
+    costs = {case["carrier"]: case["costs"] for case in found["cases"]}
+    return rates, ages, *render_goals(found["goals"]), render_costs(costs)
+
+
+def draw(found: dict[str, Any]) -> Sequence[Chart]:
+    """The rates, the ages, and what a thousand payouts cost."""
+    bars = [
+        Bar(f"{what}, {case['carrier']}", rate, goal=GOAL_PER_SECOND)
+        for case in found["cases"]
+        for what, rate in (("accepted", case["told"]["per_second"]), ("delivered", case["delivered_per_second"]))
+    ]
+    ages = {
+        f"{kind}, {case['carrier']}": list(zip(case["ages"]["at"], case["ages"][kind], strict=True))
+        for case in found["cases"]
+        for kind in ("payout", "callback")
+    }
+    return (
+        Bars("the whole way, per second (red: at least)", bars),
+        Lines("age of the oldest due, seconds", ages),
+        draw_costs("the whole way", {case["carrier"]: case["costs"] for case in found["cases"]}),
+    )
