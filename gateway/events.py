@@ -30,7 +30,8 @@ LIMIT_INVALID: Final = FieldError("limit", f"limit must be a whole number from 1
 QUERY_INVALID: Final = FieldError("query", f"the query may have {', '.join(PARAMETERS)} and nothing else")
 
 # A place, and the beginning of a digest of it and its shop: a cursor of another shop would pass over events silently.
-_PLACE: Final = struct.Struct(">QI16s")
+# `sequence` is an int of PostgreSQL.
+_PLACE: Final = struct.Struct(">Qi16s")
 _CHECK_BYTES: Final = 5
 
 

@@ -72,7 +72,7 @@ _APPEND_EVENTS = text(
 
 _LOCK_CALLBACK_DUE = text(
     """
-    SELECT d.event_id, d.shop_id, d.lease_token
+    SELECT d.event_id, d.shop_id, d.lease_token, d.attempts_before
       FROM unnest(CAST(:ids AS uuid[]), CAST(:shop_ids AS uuid[])) AS w (event_id, shop_id)
       JOIN callback_due d ON d.event_id = w.event_id AND d.shop_id = w.shop_id ORDER BY d.event_id FOR UPDATE OF d
     """
@@ -110,9 +110,10 @@ _FINISH_CALLBACKS = text(
       SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:shop_ids AS uuid[]), CAST(:states AS text[]))
         AS f (event_id, shop_id, state)),
     done AS (
-      DELETE FROM callback_due d USING finished f WHERE d.event_id = f.event_id AND d.shop_id = f.shop_id)
-    UPDATE callbacks c SET state = f.state, finished_at = now()
-      FROM finished f WHERE c.event_id = f.event_id AND c.shop_id = f.shop_id
+      DELETE FROM callback_due d USING finished f WHERE d.event_id = f.event_id AND d.shop_id = f.shop_id
+      RETURNING d.event_id, d.shop_id, f.state, d.attempts_made)
+    UPDATE callbacks c SET state = done.state, finished_at = now(), attempts_made = done.attempts_made
+      FROM done WHERE c.event_id = done.event_id AND c.shop_id = done.shop_id
     """
 )
 
@@ -140,13 +141,21 @@ def _arrays(keys: Collection[CallbackKey]) -> dict[str, list[UUID]]:
     return {"ids": [event_id for event_id, _ in keys], "shop_ids": [shop_id for _, shop_id in keys]}
 
 
-async def lock_callback_due(tx: Tx, keys: Collection[CallbackKey]) -> dict[CallbackKey, UUID | None]:
-    """Lock callbacks' due rows until the transaction ends; the lease token of each that still exists.
+@dataclass(frozen=True, slots=True)
+class DueCallback:
+    """A callback that is to be sent. `attempts_before` were begun before it ended last; later ones are of this life of it."""
+
+    lease_token: UUID | None
+    attempts_before: int
+
+
+async def lock_callback_due(tx: Tx, keys: Collection[CallbackKey]) -> dict[CallbackKey, DueCallback]:
+    """Lock callbacks' due rows, those that still exist, until the transaction ends.
 
     Locks: due rows in event id order.
     """
     rows = await tx.execute(_LOCK_CALLBACK_DUE, _arrays(keys))
-    return {(row.event_id, row.shop_id): row.lease_token for row in rows}
+    return {(row.event_id, row.shop_id): DueCallback(row.lease_token, row.attempts_before) for row in rows}
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,8 +273,9 @@ _LIST_PUT_ASIDE = text(
 
 _FIND_TARGET = text("SELECT c.shop_id, c.url FROM callbacks c WHERE c.event_id = :event_id")
 
-# Attempts are looked for where they can be, a day of wrong clocks included, so that partitions are left out.
-# What waits is sent out of turn, and waits for its own turn again should that fail. What has ended begins anew.
+# What waits is sent out of turn, and waits for its own turn again should that fail. What has ended begins anew, and counts on.
+# What ended before the count was kept has it in the log; attempts are looked for where they can be, a day of wrong clocks
+# included, so that partitions are left out.
 _RESEND_CALLBACK = text(
     f"""
     WITH fresh AS (
@@ -275,12 +285,12 @@ _RESEND_CALLBACK = text(
       UPDATE callbacks c SET state = 'pending', finished_at = NULL FROM fresh f
        WHERE c.event_id = f.event_id AND c.shop_id = f.shop_id AND NOT EXISTS (
          SELECT 1 FROM callback_due d WHERE d.event_id = f.event_id AND d.shop_id = f.shop_id AND d.lease_token IS NOT NULL)
-      RETURNING c.event_id, c.shop_id, c.created_at)
-    INSERT INTO callback_due (event_id, shop_id, lane_id, attempts_made)
-    SELECT again.event_id, again.shop_id, callback_lane_id(f.shop_id, f.origin),
-           (SELECT coalesce(max(a.attempt_no), 0) FROM callback_attempts a
-             WHERE a.event_id = again.event_id AND a.shop_id = again.shop_id
-               AND a.started_at >= again.created_at - interval '1 day')
+      RETURNING c.event_id, c.shop_id, greatest(c.attempts_made, (
+        SELECT max(a.attempt_no) FROM callback_attempts a
+         WHERE a.event_id = c.event_id AND a.shop_id = c.shop_id
+           AND a.started_at >= c.created_at - interval '1 day')) AS attempts_made)
+    INSERT INTO callback_due (event_id, shop_id, lane_id, attempts_made, attempts_before)
+    SELECT again.event_id, again.shop_id, callback_lane_id(f.shop_id, f.origin), again.attempts_made, again.attempts_made
       FROM again JOIN fresh f ON f.event_id = again.event_id
         ON CONFLICT (event_id, shop_id) DO UPDATE
        SET due_at = now(), in_lane = false, lost_leases = 0,

@@ -142,12 +142,39 @@ async def test_the_deadline_ends_an_attempt_whose_headers_drip(session: aiohttp.
 
 async def test_the_deadline_ends_an_attempt_that_is_only_told_to_continue(session: aiohttp.ClientSession) -> None:
     async def stall(peer: Peer) -> None:
-        while not await peer.hung_up(within_seconds=0.01):
-            await peer.send(head("100 Continue") * 10)
+        for _ in range(10):
+            await peer.send(head("100 Continue"))
+        await peer.hung_up(within_seconds=5)
 
     async with receiver(stall) as merchant:
         attempt = await send(session, merchant.url, timeout_seconds=0.3)
     assert attempt.error == "timeout"
+
+
+@pytest.mark.parametrize("piece", [1, 100_000])
+async def test_a_receiver_that_answers_without_end_and_never_finally_is_left(
+    session: aiohttp.ClientSession, piece: int
+) -> None:
+    sent = 0
+
+    async def flood(peer: Peer) -> None:
+        nonlocal sent
+        while not await peer.hung_up(within_seconds=0):
+            await peer.send(head("102 Processing") * piece)
+            sent += piece
+
+    async with receiver(flood) as merchant:
+        attempt = await send(session, merchant.url, timeout_seconds=20)
+        assert (attempt.http_status, attempt.error) == (None, "response_invalid")
+    assert sent <= 300_000, "what the sockets hold"
+
+
+async def test_a_few_interim_answers_change_nothing_on_a_connection_that_is_used_again(
+    session: aiohttp.ClientSession,
+) -> None:
+    async with receiver(answers(head("102 Processing") * 10 + OK)) as merchant:
+        attempts = [await send(session, merchant.url) for _ in range(3)]
+    assert [(attempt.http_status, attempt.reused) for attempt in attempts] == [(200, False), (200, True), (200, True)]
 
 
 async def test_the_deadline_ends_an_attempt_whose_server_never_speaks_tls(session: aiohttp.ClientSession) -> None:
@@ -588,7 +615,8 @@ async def test_proxies_and_passwords_of_the_environment_are_ignored(
         (["Retry-After: 1.5"], 0),
         (["Retry-After: 1e9"], 0),
         (["Retry-After: \uff15"], 0),
-        (["Retry-After: " + "9" * 5000], 0),
+        (["Retry-After: 1234567890"], 999_999_999),
+        (["Retry-After: " + "9" * 5000], 999_999_999),
         (["Retry-After: soon"], 0),
         (["Date: Wed, 21 Oct 2015 07:28:00 GMT", "Retry-After: Wed,21 Oct 9990000099 07:23:00 <999"], 0),
         (["Date: Wed, 21 Oct 2015 07:28:00 GMT", "Retry-After: Wed, 32 Oct 2015 27:28:00 GMT"], 0),

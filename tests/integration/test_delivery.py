@@ -426,6 +426,58 @@ async def test_a_late_2xx_counts(database_url: str) -> None:
         await assert_sound(stage.desk.owner)
 
 
+@pytest.mark.parametrize("status", [200, 410, 503])
+async def test_an_attempt_from_before_its_end_ends_nothing_once_it_is_sent_again(
+    database_url: str, status: int
+) -> None:
+    async with staging(database_url) as stage:
+        (event_id,) = await stage.tell()
+        late, current = uuid4(), uuid4()
+        claimed = await stage.claim(late)
+        await stage.travel()
+        await stage.record(_ended(await stage.claim(current), current, 200))
+        assert await in_transaction(stage.desk.worker, lambda tx: resend_callback(tx, event_id))
+
+        await stage.record(_ended(claimed, late, status))
+
+        assert (await stage.callback()).state == "pending", "somebody wants it once more"
+        await stage.deliver()
+        assert (await stage.callback()).state == "delivered"
+        assert len(stage.receiver.calls) == 1
+        log = [(row.attempt_no, row.late) for row in await stage.attempts()]
+        assert log == [(1, True), (2, False), (3, False)]
+        await assert_sound(stage.desk.owner)
+
+
+async def test_what_is_sent_again_counts_the_attempt_that_is_still_under_way(database_url: str) -> None:
+    async with staging(database_url) as stage:
+        (event_id,) = await stage.tell()
+        first, second = uuid4(), uuid4()
+        claimed = await stage.claim(first)
+        await stage.travel()
+        again = await stage.claim(second)
+        await stage.record(_ended(claimed, first, 200))
+        assert await in_transaction(stage.desk.worker, lambda tx: resend_callback(tx, event_id))
+
+        await stage.deliver()
+        await stage.record(_ended(again, second, 503))
+
+        log = sorted((row.attempt_no, row.http_status, row.late) for row in await stage.attempts())
+        assert log == [(1, 200, True), (2, 503, True), (3, 200, False)]
+        assert (await stage.callback()).state == "delivered"
+        await assert_sound(stage.desk.owner)
+
+
+async def test_what_ended_before_ends_were_counted_goes_on_from_the_log(database_url: str) -> None:
+    async with staging(database_url) as stage:
+        (event_id,) = await stage.tell()
+        await stage.deliver()
+        await execute(stage.desk.owner, "UPDATE callbacks SET attempts_made = 0")
+        assert await in_transaction(stage.desk.worker, lambda tx: resend_callback(tx, event_id))
+        await stage.deliver()
+        assert [row.attempt_no for row in await stage.attempts()] == [1, 2]
+
+
 @pytest.mark.parametrize("status", [503, 410])
 async def test_a_late_failure_leaves_only_the_log_line(database_url: str, status: int) -> None:
     async with staging(database_url) as stage:

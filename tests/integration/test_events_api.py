@@ -1,6 +1,9 @@
 """The feed as merchants poll it: shapes, cursors, scopes, shops, and that it tells what a callback would have said."""
 
+import base64
+import hashlib
 import json
+import struct
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -152,6 +155,23 @@ async def test_a_poller_goes_on_with_the_cursor_it_has_until_there_is_something_
     second = await page(gateway, merchant, f"after={first['next_cursor']}")
     assert len(second["data"]) == 1
     assert second["data"] != first["data"]
+
+
+@pytest.mark.parametrize("txid", [0, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("sequence", [2**31 - 1, 2**31, 2**32 - 1])
+async def test_a_cursor_that_somebody_computed_is_judged_like_any_other(
+    gateway: Gateway, txid: int, sequence: int
+) -> None:
+    merchant = await gateway.merchant()
+    place = struct.pack(">QI16s", txid, sequence, b"\xff" * 16)
+    check = hashlib.sha256(merchant.shop.id.bytes + place).digest()[:5]
+
+    answer = await poll(gateway, merchant, f"after={base64.urlsafe_b64encode(place + check).decode()}")
+
+    if txid == 0:
+        assert answer.status == 200
+    else:
+        assert CURSOR_INVALID in read_refusal(answer).message
 
 
 async def test_a_page_that_is_exactly_full_and_the_last_says_so(gateway: Gateway, working: Desk) -> None:

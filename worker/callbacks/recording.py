@@ -15,6 +15,7 @@ from common.db.callbacks import (
     Again,
     CallbackAttempt,
     CallbackKey,
+    DueCallback,
     append_callback_attempts,
     finish_callbacks,
     lock_callback_due,
@@ -54,8 +55,9 @@ class Ended:
 async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float) -> set[UUID]:
     """Log attempts, and what follows from each: delivered, rejected, exhausted, or due again; and what they teach about lanes.
 
-    A lease that is no longer ours leaves only the log line, marked late; but a late 2xx still ends the callback. What could
-    not be attempted is given back as it was. `now` is monotonic, as `Ended.ended_at`.
+    A lease that is no longer ours leaves only the log line, marked late; but a late 2xx still ends the callback, unless it
+    had ended and was sent again since. What could not be attempted is given back as it was. `now` is monotonic, as
+    `Ended.ended_at`.
     Returns: the lanes that were not recorded, since somebody else holds their merchants.
     Locks: the shares of the lanes' merchants by id, then the due rows in event id order.
     Repeat: an attempt that is in the log already changes nothing.
@@ -66,24 +68,24 @@ async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float) -> set[
     if not ended:
         return wanted
     lane_ids = {item.callback.key: item.callback.lane_id for item in ended}
-    tokens = await lock_callback_due(tx, lane_ids)
+    due = await lock_callback_due(tx, lane_ids)
     paces = await find_paces(tx, lanes)
     finished: dict[CallbackKey, str] = {}
     again: dict[CallbackKey, Again] = {}
     exchanges = defaultdict(list)
-    logged = [_logged(item, item.attempt, tokens, now=now) for item in ended if item.attempt is not None]
+    logged = [_logged(item, item.attempt, due, now=now) for item in ended if item.attempt is not None]
     fresh = await append_callback_attempts(tx, logged)
     LATE.inc(sum(line.late and (line.event_id, line.attempt_no) in fresh for line in logged))
     for item in ended:
         callback, attempt = item.callback, item.attempt
-        key, held = callback.key, _is_held(item, tokens)
+        key, held = callback.key, _is_held(item, due)
         if attempt is None:
             if held and key not in finished:
                 again[key] = Again(callback.step, _OURS_AGAIN_SECONDS, ours=True)
             continue
         if not held and (callback.event_id, callback.attempt_no) not in fresh:
             continue
-        if attempt.delivered and key in tokens:
+        if attempt.delivered and _is_of_this_life(callback, due):
             finished[key] = "delivered"
         elif held and finished.get(key) != "delivered":
             _conclude(item, attempt, finished, again)
@@ -91,7 +93,7 @@ async def record_attempts(tx: Tx, ended: Sequence[Ended], *, now: float) -> set[
             exchanges[callback.lane_id].append(_exchange(attempt))
     await finish_callbacks(tx, finished)
     await reschedule_callbacks(tx, again)
-    leases_ended = Tally(lane_ids[key] for key in {*finished, *again} if tokens[key] is not None)
+    leases_ended = Tally(lane_ids[key] for key in {*finished, *again} if due[key].lease_token is not None)
     luck = ended[0].luck
     await save_lanes(tx, {lane: learn(pace, exchanges[lane], luck) for lane, pace in paces.items()}, leases_ended)
     return wanted - lanes
@@ -124,12 +126,19 @@ def _exchange(attempt: Attempt) -> Exchange:
     return Exchange(healthy, attempt.duration_ms, asked_seconds)
 
 
-def _is_held(item: Ended, tokens: Mapping[CallbackKey, UUID | None]) -> bool:
+def _is_held(item: Ended, due: Mapping[CallbackKey, DueCallback]) -> bool:
     """Whether the lease under which it was attempted is still ours."""
-    return tokens.get(item.callback.key) == item.token
+    row = due.get(item.callback.key)
+    return row is not None and row.lease_token == item.token
 
 
-def _logged(item: Ended, attempt: Attempt, tokens: Mapping[CallbackKey, UUID | None], *, now: float) -> CallbackAttempt:
+def _is_of_this_life(callback: ClaimedCallback, due: Mapping[CallbackKey, DueCallback]) -> bool:
+    """Whether it is still to be sent, and was not sent again since it ended: somebody then wants it once more."""
+    row = due.get(callback.key)
+    return row is not None and callback.attempt_no > row.attempts_before
+
+
+def _logged(item: Ended, attempt: Attempt, due: Mapping[CallbackKey, DueCallback], *, now: float) -> CallbackAttempt:
     callback = item.callback
     return CallbackAttempt(
         event_id=callback.event_id,
@@ -141,7 +150,7 @@ def _logged(item: Ended, attempt: Attempt, tokens: Mapping[CallbackKey, UUID | N
         error=attempt.error,
         response_excerpt=attempt.response_excerpt,
         address=attempt.address,
-        late=not _is_held(item, tokens),
+        late=not _is_held(item, due),
         dns_ms=attempt.dns_ms,
         connect_ms=attempt.connect_ms,
         first_byte_ms=attempt.first_byte_ms,

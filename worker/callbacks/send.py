@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from importlib.metadata import version
 from typing import Final, cast
 from weakref import WeakSet
@@ -20,6 +20,8 @@ import aiohttp
 from aiohttp.abc import AbstractResolver
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
+from aiohttp.http import HttpProcessingError, RawResponseMessage
+from aiohttp.streams import StreamReader
 from aiohttp.tracing import Trace
 
 from common.domain.addresses import parse_callback_url
@@ -38,6 +40,9 @@ _DNS_CACHE_SECONDS: Final = 30
 _DNS_CACHE_NAMES_MAX: Final = 10_000
 _HEADER_BYTES_MAX: Final = 16_384
 _HEADERS_MAX: Final = 128
+# Answers of 1xx before the one that counts: RFC 9110, 15.2, allows any number, and each costs time that others wait for.
+_INTERIM_MAX: Final = 16
+_SLICE_BYTES: Final = 16_384
 
 # The verdict by the hundreds of the status; what is in no row is no final answer of HTTP.
 _STATUS_ERRORS: Final[dict[int, str | None]] = {2: None, 3: "redirect", 4: "http_4xx", 5: "http_5xx"}
@@ -73,7 +78,7 @@ _OURS: Final = frozenset({"dns_unreachable", *_LACKING.values(), _PORTS_EXHAUSTE
 _FAR_AWAY: Final = ("198.51.100.1", 9)
 
 _RETRY_AFTER_SECONDS_MAX: Final = 999_999_999.0
-_DELAY_SECONDS: Final = re.compile(r"[0-9]{1,9}", re.ASCII)
+_DELAY_SECONDS: Final = re.compile(r"[0-9]+", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +135,31 @@ class _Wire:
 _wire: ContextVar[_Wire] = ContextVar("wire")
 
 
+class _Handler(ResponseHandler):
+    """A connection that gives up on a receiver that talks without ever answering. aiohttp itself would listen for ever."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self._interim = 0
+
+    def data_received(self, data: bytes) -> None:
+        """In slices: what came in one piece may be thousands of answers."""
+        for begin in range(0, len(data), _SLICE_BYTES):
+            if not self.is_connected():
+                return
+            super().data_received(data[begin : begin + _SLICE_BYTES])
+
+    def feed_data(self, data: tuple[RawResponseMessage, StreamReader], size: int = 0) -> None:
+        """One answer's head was read."""
+        is_interim = data[0].code // 100 == 1
+        self._interim = self._interim + 1 if is_interim else 0
+        if self._interim <= _INTERIM_MAX:
+            super().feed_data(data, size)
+        elif self.transport is not None and self.exception() is None:
+            self.set_exception(HttpProcessingError(message="too many interim answers"))
+            self.transport.abort()
+
+
 class _Connector(aiohttp.TCPConnector):
     """Connections that the guard has judged; keeps the policy that URLs are judged by, and notes which one an attempt got."""
 
@@ -152,6 +182,8 @@ class _Connector(aiohttp.TCPConnector):
             limit=0,
             socket_factory=self._make_socket,
         )
+        # aiohttp has no public way to name the protocol of its connections.
+        self._factory = cast(partial[ResponseHandler], partial(_Handler, loop=asyncio.get_running_loop()))
         self._private_allowed = private_allowed
         self._https_only = https_only
         self._ports = ports
@@ -399,7 +431,7 @@ def _parse_retry_after(headers: Mapping[str, str]) -> float:
     """
     retry_after = headers.get("Retry-After", "")
     if _DELAY_SECONDS.fullmatch(retry_after):
-        return float(retry_after)
+        return min(float(retry_after), _RETRY_AFTER_SECONDS_MAX)
     until, sent = _parse_date(retry_after), _parse_date(headers.get("Date", ""))
     return min(max(0.0, (until - sent).total_seconds()), _RETRY_AFTER_SECONDS_MAX) if until and sent else 0.0
 
