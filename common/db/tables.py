@@ -367,6 +367,7 @@ callbacks = Table(
     _required("created_at", _TIME),
     _optional("finished_at", _TIME),
     _optional("payin_id", Uuid()),
+    _required("attempts_made", Integer()),
 )
 
 callback_due = Table(
@@ -382,6 +383,7 @@ callback_due = Table(
     _required("in_lane", Boolean()),
     _required("lost_leases", Integer()),
     _optional("resume_at", _TIME),
+    _required("attempts_before", Integer()),
 )
 
 callback_shares = Table(
