@@ -2,7 +2,7 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import Final
@@ -11,8 +11,9 @@ from uuid import UUID
 from aiohttp import web
 from async_lru import alru_cache
 
+from common.batching import Batcher
 from common.db.engine import READ_ATTEMPTS_MAX, Engine, in_transaction
-from common.db.merchants import ApiKey, Shop, find_active_shop, find_api_key
+from common.db.merchants import ApiKey, Shop, ShopKey, find_active_shops, find_api_keys
 from common.db.rails import find_rail_secret
 from common.domain.signing import V1_PREFIX, parse_timestamp, sign_body, sign_v1, signatures_equal
 from common.errors import (
@@ -33,6 +34,8 @@ from common.sealing import API_KEY_PURPOSE, RAIL_SECRET_PURPOSE, Keyring, SealBr
 
 # Entries each cache may hold; unknown keys and shops are cached too, so that asking for them costs no more.
 _CACHE_MAX: Final = 10_000
+# Of those that are asked for while others are being loaded: a thousand merchants cost little more than one.
+_LOAD_MAX: Final = 256
 _DUMMY_SECRET: Final = "sk_of_nobody_the_work_of_checking_is_the_same"  # noqa: S105 opens nothing
 
 
@@ -108,8 +111,10 @@ class Authenticator:
         self._engine = engine
         self._keyring = keyring
         self._clock = clock
-        self._find_key = alru_cache(maxsize=_CACHE_MAX, ttl=cache_seconds)(self._load_key)
-        self._find_shop = alru_cache(maxsize=_CACHE_MAX, ttl=cache_seconds)(self._load_shop)
+        self._keys = Batcher(self._load_keys, batch_max=_LOAD_MAX)
+        self._shops = Batcher(self._load_shops, batch_max=_LOAD_MAX)
+        self._find_key = alru_cache(maxsize=_CACHE_MAX, ttl=cache_seconds)(self._find_key_now)
+        self._find_shop = alru_cache(maxsize=_CACHE_MAX, ttl=cache_seconds)(self._find_shop_now)
         self._rates = _Rates(requests_per_second_max)
 
     async def close(self) -> None:
@@ -156,10 +161,19 @@ class Authenticator:
         ends = [moment.timestamp() for moment in (key.expires_at, key.revoked_at) if moment is not None]
         return key.merchant_status != "closed" and all(now < end for end in ends)
 
-    async def _load_key(self, public_id: str) -> LiveKey | None:
-        if "\x00" in public_id or not public_id.isprintable():
-            return None
-        key = await in_transaction(self._engine, lambda tx: find_api_key(tx, public_id), attempts_max=READ_ATTEMPTS_MAX)
+    async def _find_key_now(self, public_id: str) -> LiveKey | None:
+        return await self._keys.submit(public_id) if _is_storable(public_id) else None
+
+    async def _find_shop_now(self, merchant_id: UUID, code: str | None) -> Shop | None:
+        return await self._shops.submit((merchant_id, code)) if code is None or _is_storable(code) else None
+
+    async def _load_keys(self, public_ids: Sequence[str]) -> list[LiveKey | None]:
+        keys = await in_transaction(
+            self._engine, lambda tx: find_api_keys(tx, public_ids), attempts_max=READ_ATTEMPTS_MAX
+        )
+        return [self._open(keys.get(public_id)) for public_id in public_ids]
+
+    def _open(self, key: ApiKey | None) -> LiveKey | None:
         if key is None:
             return None
         try:
@@ -167,16 +181,15 @@ class Authenticator:
                 key.secret_sealed, owner=key.merchant_id, row=key.id, purpose=API_KEY_PURPOSE
             ).decode()
         except SealBroken as error:
-            get_logger().error(LogEvent.SECRET_UNSEALABLE, api_key=public_id, error=str(error))
+            get_logger().error(LogEvent.SECRET_UNSEALABLE, api_key_id=str(key.id), error=str(error))
             return None
         return LiveKey(key, secret)
 
-    async def _load_shop(self, merchant_id: UUID, code: str | None) -> Shop | None:
-        if code is not None and ("\x00" in code or not code.isprintable()):
-            return None
-        return await in_transaction(
-            self._engine, lambda tx: find_active_shop(tx, merchant_id, code), attempts_max=READ_ATTEMPTS_MAX
+    async def _load_shops(self, wanted: Sequence[ShopKey]) -> list[Shop | None]:
+        shops = await in_transaction(
+            self._engine, lambda tx: find_active_shops(tx, wanted), attempts_max=READ_ATTEMPTS_MAX
         )
+        return [shops.get(key) for key in wanted]
 
 
 class RailSecrets:
@@ -203,7 +216,7 @@ class RailSecrets:
             raise InvalidSignature
 
     async def _load(self, name: str) -> str | None:
-        if "\x00" in name or not name.isprintable():
+        if not _is_storable(name):
             return None
         found = await in_transaction(
             self._engine, lambda tx: find_rail_secret(tx, name), attempts_max=READ_ATTEMPTS_MAX
@@ -235,6 +248,11 @@ def _within(remote: str | None, networks: tuple[str, ...]) -> bool:
     address = ip_address(remote.partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
     return any(address in ip_network(network) for network in networks)
+
+
+def _is_storable(text: str) -> bool:
+    """Whether it can be the id of anything: PostgreSQL stores no NUL, and we give out nothing that cannot be printed."""
+    return "\x00" not in text and text.isprintable()
 
 
 class _Rates:

@@ -11,7 +11,7 @@ from uuid import UUID
 from sqlalchemy import text
 
 from common.db.engine import Engine, create_engine, in_transaction
-from common.db.merchants import Shop, find_active_shop, find_merchant_id
+from common.db.merchants import Shop, find_active_shops, find_merchant_id
 from common.db.payins import NewPayin
 from common.domain.ids import PAYIN, new_id, render_id
 from common.domain.payout import mask_recipient
@@ -103,9 +103,7 @@ async def add_funded_merchant(
     async def find(tx: Any) -> Shop:
         merchant_id = await find_merchant_id(tx, code)
         assert merchant_id is not None
-        shop = await find_active_shop(tx, merchant_id, None)
-        assert shop is not None
-        return shop
+        return (await find_active_shops(tx, [(merchant_id, None)]))[merchant_id, None]
 
     return Merchant(code, await in_transaction(owner, find), key.public_id, key.secret, webhook_secret)
 

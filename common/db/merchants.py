@@ -1,12 +1,12 @@
 """Merchants, their shops and their API keys."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import UUID
 
-from sqlalchemy import Row, func, insert, select, update
+from sqlalchemy import ARRAY, Row, Text, Uuid, any_, bindparam, func, insert, select, text, update
 
 from common.db.engine import Tx
 from common.db.tables import accounts, api_key_shops, api_keys, merchants, shops
@@ -76,18 +76,24 @@ async def find_standing(tx: Tx, shop_id: UUID) -> Standing:
     return Standing(**row._mapping)
 
 
-async def find_api_key(tx: Tx, public_id: str) -> ApiKey | None:
-    """The key behind `X-API-Key`, live or not; the caller judges."""
-    row = (
-        await tx.execute(
-            select(api_keys, merchants.c.status.label("merchant_status"))
-            .join(merchants, merchants.c.id == api_keys.c.merchant_id)
-            .where(api_keys.c.public_id == public_id)
-        )
-    ).one_or_none()
-    if row is None:
-        return None
-    shop_ids = await tx.scalars(select(api_key_shops.c.shop_id).where(api_key_shops.c.api_key_id == row.id))
+_SHOPS_OF_KEY = func.array(
+    select(api_key_shops.c.shop_id).where(api_key_shops.c.api_key_id == api_keys.c.id).scalar_subquery(),
+    type_=ARRAY(Uuid),
+)
+
+
+async def find_api_keys(tx: Tx, public_ids: Collection[str]) -> dict[str, ApiKey]:
+    """The keys behind these `X-API-Key`, live or not; the caller judges. What is missing does not exist."""
+    rows = await tx.execute(
+        select(api_keys, merchants.c.status.label("merchant_status"), _SHOPS_OF_KEY.label("shop_ids"))
+        .join(merchants, merchants.c.id == api_keys.c.merchant_id)
+        .where(api_keys.c.public_id == any_(bindparam("public_ids", type_=ARRAY(Text)))),
+        {"public_ids": list(public_ids)},
+    )
+    return {row.public_id: _api_key(row) for row in rows}
+
+
+def _api_key(row: Row[Any]) -> ApiKey:
     return ApiKey(
         id=row.id,
         merchant_id=row.merchant_id,
@@ -96,35 +102,34 @@ async def find_api_key(tx: Tx, public_id: str) -> ApiKey | None:
         v1_only=row.v1_only,
         scopes=frozenset(row.scopes),
         allowed_networks=None if row.allowed_networks is None else tuple(map(str, row.allowed_networks)),
-        shop_ids=frozenset(shop_ids),
+        shop_ids=frozenset(row.shop_ids),
         expires_at=row.expires_at,
         revoked_at=row.revoked_at,
     )
 
 
-async def find_active_shop(tx: Tx, merchant_id: UUID, code: str | None) -> Shop | None:
-    """The merchant's active shop of that code; without a code, the default one."""
-    row = (
-        await tx.execute(
-            select(
-                shops.c.id,
-                shops.c.merchant_id,
-                shops.c.code,
-                shops.c.currency,
-                shops.c.currency_exponent,
-                shops.c.rail,
-                shops.c.payment_data_schema,
-                shops.c.callback_http,
-                shops.c.callback_ports,
-                accounts.c.id.label("account_id"),
-            )
-            .join(accounts, accounts.c.shop_id == shops.c.id)
-            .where(shops.c.merchant_id == merchant_id, shops.c.status == "active")
-            .where(shops.c.is_default if code is None else shops.c.code == code)
-        )
-    ).one_or_none()
-    if row is None:
-        return None
+# A merchant and the code of a shop of it, or None for its default one.
+ShopKey: TypeAlias = tuple[UUID, str | None]
+
+_FIND_ACTIVE_SHOPS = text(
+    """
+    SELECT w.code AS asked, s.id, s.merchant_id, s.code, s.currency, s.currency_exponent, s.rail, s.payment_data_schema,
+           s.callback_http, s.callback_ports, a.id AS account_id
+      FROM unnest(CAST(:merchant_ids AS uuid[]), CAST(:codes AS text[])) AS w (merchant_id, code)
+      JOIN shops s ON s.merchant_id = w.merchant_id AND s.status = 'active'
+                  AND CASE WHEN w.code IS NULL THEN s.is_default ELSE s.code = w.code END
+      JOIN accounts a ON a.shop_id = s.id
+    """
+)
+
+
+async def find_active_shops(tx: Tx, wanted: Collection[ShopKey]) -> dict[ShopKey, Shop]:
+    """Active shops. What is missing does not exist, or is not active."""
+    values = {"merchant_ids": [merchant_id for merchant_id, _ in wanted], "codes": [code for _, code in wanted]}
+    return {(row.merchant_id, row.asked): _shop(row) for row in await tx.execute(_FIND_ACTIVE_SHOPS, values)}
+
+
+def _shop(row: Row[Any]) -> Shop:
     return Shop(
         id=row.id,
         merchant_id=row.merchant_id,

@@ -20,7 +20,7 @@ from sqlalchemy.engine import make_url
 
 from common.db.engine import in_transaction
 from common.db.invariants import RULES
-from common.db.merchants import find_api_key
+from common.db.merchants import find_api_keys
 from common.db.rail_events import NewRailEvent, append_rail_events
 from common.domain.ids import EVENT, PAYIN, PAYOUT, new_id, render_id
 from common.domain.signing import sign_v1
@@ -453,8 +453,7 @@ async def test_a_key_shows_its_secret_once_and_is_limited_as_asked(
     words = dict(line.split(maxsplit=1) for line in shown.out.splitlines())
     public_id, secret = words["public_id"], words["secret"]
     assert shown.out.count(secret) == 1
-    key = await in_transaction(shop_floor.owner, partial(find_api_key, public_id=public_id))
-    assert key is not None
+    key = (await in_transaction(shop_floor.owner, partial(find_api_keys, public_ids=[public_id])))[public_id]
     assert key.scopes == {"payouts:read", "balance:read"}
     assert key.allowed_networks == ("10.0.0.0/8", "2001:db8::1/128")
     assert key.expires_at == datetime(2999, 1, 1, tzinfo=UTC)

@@ -47,6 +47,7 @@ from common.db.feed import FEED_BEGIN, Place, read_feed
 from common.db.invariants import ACCOUNTS, RULES, WALKS, Walk
 from common.db.lanes import FIRST_LANE, Lease, Room, claim_in_turn, claim_told_of, release_lapsed, wake_lanes
 from common.db.ledger import find_balance
+from common.db.merchants import find_active_shops, find_api_keys
 from common.db.payins import append_payin, claim_questions, find_payin, lock_payins
 from common.db.payouts import find_by_external_ids, find_moves, find_payout, lock_payouts
 from common.db.rail_events import find_rail_events_due, lock_rail_events
@@ -262,6 +263,9 @@ FIRST_SHOP = UUID(int=0)
 HOT: dict[str, tuple[str, Work]] = {
     "find_by_external_ids": (GATEWAY, lambda crowd: lambda tx: find_by_external_ids(tx, crowd.external_ids)),
     "find_by_external_ids of one": (GATEWAY, lambda crowd: lambda tx: find_by_external_ids(tx, crowd.external_ids[:1])),
+    "find_api_keys": (GATEWAY, lambda crowd: lambda tx: find_api_keys(tx, [crowd.merchant.api_key, "nobody's"])),
+    "find_active_shops": (GATEWAY, lambda crowd: lambda tx: find_active_shops(
+        tx, [(crowd.merchant.shop.merchant_id, None), (crowd.merchant.shop.merchant_id, crowd.merchant.shop.code)])),
     "find_payout": (GATEWAY, lambda crowd: lambda tx: find_payout(tx, *crowd.external_ids[0])),
     "find_balance": (GATEWAY, lambda crowd: lambda tx: find_balance(tx, crowd.merchant.shop.account_id)),
     "claim_due": (WORKER, lambda _crowd: lambda tx: claim_due(tx, _claim(), FIRST_SHOP, {})),

@@ -17,7 +17,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from common.db.engine import in_transaction
-from common.db.merchants import find_api_key
+from common.db.merchants import find_api_keys
 from common.db.sealed import COLUMNS, SealedColumn, count_sealed, find_sealed_otherwise, save_sealed_anew
 from common.db.webhook_secrets import find_webhook_secrets
 from common.sealing import API_KEY_PURPOSE, RAIL_SECRET_PURPOSE
@@ -125,8 +125,8 @@ async def test_afterwards_the_new_key_alone_opens_everything(
     assert await keys_of(floor) == all_under(2)
     async with desk(database_url, **NEW_ALONE) as later:
         keyring = later.settings.keyring
-        key = await in_transaction(later.gateway, lambda tx: find_api_key(tx, merchant.api_key))
-        assert key is not None
+        keys = await in_transaction(later.gateway, lambda tx: find_api_keys(tx, [merchant.api_key]))
+        key = keys[merchant.api_key]
         secret = keyring.open(key.secret_sealed, owner=key.merchant_id, row=key.id, purpose=API_KEY_PURPOSE)
         assert secret.decode() == merchant.api_secret
         found = await in_transaction(later.worker, lambda tx: find_webhook_secrets(tx, [merchant.shop.id]))
