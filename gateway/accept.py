@@ -124,7 +124,8 @@ class Acceptor:
         """
         if self._waiting_count >= self._queue_max:
             raise Overloaded
-        waiting = _Waiting(order, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(order, loop.create_future())
         self._waiting_count += 1
         waiting.future.add_done_callback(self._forget)
         shop_id = order.shop.id
@@ -133,11 +134,15 @@ class Acceptor:
         if not line.running:
             line.running = True
             self._start(self._run_line(line))
-        done, _ = await asyncio.wait({waiting.future}, timeout=self._wait_seconds)
-        if not done:
-            waiting.future.cancel()
-            raise Overloaded
-        return waiting.future.result()
+        withdrawing = loop.call_later(self._wait_seconds, waiting.future.cancel)
+        try:
+            return await asyncio.shield(waiting.future)
+        except asyncio.CancelledError:
+            if waiting.future.cancelled():
+                raise Overloaded from None
+            raise
+        finally:
+            withdrawing.cancel()
 
     async def close(self, deadline_seconds: float) -> None:
         """Let every transaction in flight end, for at most that long."""

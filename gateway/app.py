@@ -209,8 +209,9 @@ async def _read_body(request: web.Request, timeout_seconds: float) -> bytes:
     """
     if (request.content_length or 0) > BODY_BYTES_MAX:
         raise BodyTooLarge
+    has_come = request.content.is_eof()
     try:
-        async with asyncio.timeout(timeout_seconds):
+        async with asyncio.timeout(None if has_come else timeout_seconds):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise BodyTooLarge from None

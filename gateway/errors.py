@@ -69,6 +69,10 @@ HTTP_ERRORS: Final[dict[type[PayoutsError], HttpError]] = {
 }
 
 
+# Made once: `json.dumps` makes another for each text that is not of its own style.
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def http_error(error: PayoutsError) -> HttpError:
     """The row of an error's own class, or of the nearest family that has one."""
     return next(HTTP_ERRORS[family] for family in type(error).__mro__ if family in HTTP_ERRORS)
@@ -94,7 +98,7 @@ def render_error(error: PayoutsError, *, request_id: str, server_time: str) -> w
 def json_response(body: dict[str, Any], *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     """JSON in UTF-8, compact."""
     return web.Response(
-        body=json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(),
+        body=_ENCODER.encode(body).encode(),
         status=status,
         headers=headers,
         content_type="application/json",

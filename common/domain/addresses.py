@@ -90,15 +90,21 @@ def parse_callback_url(
     """
     if not isinstance(text, str) or len(text) > URL_CHARACTERS_MAX:
         return None
+    return text if _may_be_called(text, private_allowed, ports, https_only) else None
+
+
+@lru_cache(maxsize=4096)
+def _may_be_called(text: str, private_allowed: bool, ports: frozenset[int], https_only: bool) -> bool:
+    """Remembered, since most merchants give the same URL again and again."""
     if _UNPRINTABLE.search(text) or not _SHAPE.fullmatch(text):
-        return None
+        return False
     try:
         url = URL(text)
     except ValueError:
-        return None
+        return False
     if not url.port or (ports and url.port not in ports) or (https_only and url.scheme != "https"):
-        return None
-    return text if _host_allowed(url.raw_host or "", private_allowed=private_allowed) else None
+        return False
+    return _host_allowed(url.raw_host or "", private_allowed=private_allowed)
 
 
 @lru_cache(maxsize=4096)

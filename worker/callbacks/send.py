@@ -192,7 +192,9 @@ class _Connector(aiohttp.TCPConnector):
     def allows(self, url: str, *, shop_http: bool, shop_ports: frozenset[int] | None) -> bool:
         """Whether a callback may be sent to the URL today; it may be older than the settings and the shop's exceptions."""
         ports = self._ports if shop_ports is None else shop_ports
-        return _allowed(url, self._private_allowed, self._https_only and not shop_http, ports)
+        https_only = self._https_only and not shop_http
+        judged = parse_callback_url(url, private_allowed=self._private_allowed, https_only=https_only, ports=ports)
+        return judged is not None
 
     def _make_socket(self, addr_info: aiohttp.AddrInfoType) -> socket.socket:
         """The guard's socket; here DNS is over, and what follows is the connecting."""
@@ -221,11 +223,6 @@ class _Connector(aiohttp.TCPConnector):
         wire.connected_at = self._clock()
         wire.address = _peer_of(connection)
         return connection
-
-
-@lru_cache(maxsize=4096)
-def _allowed(url: str, private_allowed: bool, https_only: bool, ports: frozenset[int]) -> bool:
-    return parse_callback_url(url, private_allowed=private_allowed, https_only=https_only, ports=ports) is not None
 
 
 def _peer_of(connection: Connection) -> str | None:
