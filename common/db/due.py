@@ -112,10 +112,14 @@ _FINISH_ATTEMPTS = text(
     """
 )
 
+# From here on LATERAL with LIMIT again, one probe per id: to a planner that knows no statistics an id without its shop leads to
+# many rows, and reading the table from one end to the other looks cheaper.
 _FIND_CONTRADICTED = text(
     """
     SELECT a.payout_id FROM unnest(CAST(:payout_id AS uuid[]), CAST(:attempt_no AS int[])) AS w (payout_id, attempt_no)
-      JOIN payout_attempts a ON a.payout_id = w.payout_id AND a.attempt_no = w.attempt_no
+     CROSS JOIN LATERAL (
+       SELECT payout_id, outcome FROM payout_attempts
+        WHERE payout_id = w.payout_id AND attempt_no = w.attempt_no LIMIT 1) a
      WHERE a.outcome NOT IN ('unknown', 'paid')
     """
 )
@@ -123,8 +127,9 @@ _FIND_CONTRADICTED = text(
 _LOCK_DUE, _LOCK_FREE_DUE = (
     text(
         f"""
-        SELECT d.payout_id, d.lease_token FROM unnest(CAST(:ids AS uuid[])) AS w (id)
-          JOIN payout_due d ON d.payout_id = w.id ORDER BY d.payout_id FOR UPDATE OF d {skip}
+        SELECT d.payout_id, d.lease_token FROM (SELECT DISTINCT unnest(CAST(:ids AS uuid[])) AS id ORDER BY 1) w
+         CROSS JOIN LATERAL (
+           SELECT payout_id, lease_token FROM payout_due WHERE payout_id = w.id LIMIT 1 FOR UPDATE {skip}) d
         """
     )
     for skip in ("", "SKIP LOCKED")
@@ -138,8 +143,11 @@ _RESCHEDULE_DUE = text(
        SET lease_token = NULL, due_at = now() + make_interval(secs => r.delay_seconds),
            verifying_since = CASE WHEN d.payout_id = ANY (CAST(:verifying AS uuid[]))
                                   THEN coalesce(d.verifying_since, now()) END
-      FROM unnest(CAST(:ids AS uuid[]), CAST(:delays AS float8[])) AS r (payout_id, delay_seconds)
-     WHERE d.payout_id = r.payout_id
+      FROM (SELECT found.payout_id, found.shop_id, w.delay_seconds
+              FROM unnest(CAST(:ids AS uuid[]), CAST(:delays AS float8[])) AS w (id, delay_seconds)
+             CROSS JOIN LATERAL (
+               SELECT payout_id, shop_id FROM payout_due WHERE payout_id = w.id LIMIT 1) found) r
+     WHERE d.payout_id = r.payout_id AND d.shop_id = r.shop_id
     """
 )
 

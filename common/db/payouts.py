@@ -190,17 +190,20 @@ class LockedPayout:
         return self.expires_at is not None and self.expires_at <= self.locked_at
 
 
+# LATERAL with LIMIT is one probe per id, whatever the planner knows of the table.
 _LOCK_PAYOUTS, _LOCK_PAYOUTS_TO_SEND = (
     text(
         f"""
-        SELECT p.id, p.shop_id, p.account_id, p.external_id, p.amount_minor, p.currency,
-               {recipient} AS recipient_sealed, p.callback_url, p.state, p.version, p.provider_reference, p.expires_at,
-               s.code AS shop_code, s.currency_exponent, s.webhook_url, s.status AS shop_status, now() AS locked_at
-          FROM unnest(CAST(:ids AS uuid[])) AS w (id) JOIN payouts p ON p.id = w.id JOIN shops s ON s.id = p.shop_id
-         ORDER BY p.id FOR NO KEY UPDATE OF p
+        SELECT p.*, s.code AS shop_code, s.currency_exponent, s.webhook_url, s.status AS shop_status, now() AS locked_at
+          FROM (SELECT DISTINCT unnest(CAST(:ids AS uuid[])) AS id ORDER BY 1) w
+         CROSS JOIN LATERAL (
+           SELECT id, shop_id, account_id, external_id, amount_minor, currency, {recipient} AS recipient_sealed,
+                  callback_url, state, version, provider_reference, expires_at
+             FROM payouts WHERE id = w.id LIMIT 1 FOR NO KEY UPDATE) p
+          JOIN shops s ON s.id = p.shop_id
         """
     )
-    for recipient in ("''::bytea", "p.recipient_sealed")
+    for recipient in ("''::bytea", "recipient_sealed")
 )
 
 

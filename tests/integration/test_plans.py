@@ -420,6 +420,30 @@ async def test_claiming_and_recording_a_batch_scans_nothing(crowd: Crowd, outcom
         assert await _scanned(tx) == {}
 
 
+async def test_what_a_batch_reads_does_not_depend_on_how_much_there_is(crowd: Crowd) -> None:
+    """By index is not enough: an index can be read from one end to the other as well."""
+    async with desk(crowd.url) as working:
+        async with working.gateway.connect() as tx:
+            orders = [order(working.settings, crowd.merchant.shop) for _ in range(BATCH)]
+            await decide_batch(tx, orders, wait_seconds=LOCK_WAIT_SECONDS)
+            await _assert_read_few(tx)
+        async with working.worker.connect() as tx:
+            _, calls = await claim_calls(
+                tx, claim=_claim(), after_shop=FIRST_SHOP, busy=Counter(), lag_seconds=0.0, start_until=math.inf
+            )
+            await _assert_read_few(tx)
+            answers = [Ended(call, Answer(Outcome.PAID)) for call in calls[: BATCH // 2]]
+            answers += [Ended(call, Answer(Outcome.UNKNOWN)) for call in calls[BATCH // 2 :]]
+            await record_answers(tx, answers, wait_seconds=LOCK_WAIT_SECONDS)
+            await _assert_read_few(tx)
+
+
+async def _assert_read_few(tx: Tx) -> None:
+    """Each table a few times the batch."""
+    read = await _rows_read(tx)
+    assert max(read.values()) <= 10 * BATCH, read
+
+
 @pytest.mark.parametrize("status", [200, 503])
 async def test_claiming_and_recording_callbacks_scans_nothing(crowd: Crowd, status: int) -> None:
     async with desk(crowd.url) as working, working.worker.connect() as tx:
