@@ -31,7 +31,7 @@ from tests.broker import Broker, delete_all
 from tests.factories import Merchant, add_funded_merchant, create_body, engine, execute, fetch
 from tests.stack import Client, Process, Stack, client, eventually, stack
 
-# What the issue promises while the broker does not help.
+# What is promised while the broker does not help.
 LAG_SECONDS_MAX: Final = 2.0
 _SHOPS: Final = 3
 _CLIENTS: Final = 8
