@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from time import monotonic
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -491,6 +492,19 @@ async def test_a_late_failure_leaves_only_the_log_line(database_url: str, status
         assert await fetch(stage.desk.owner, "SELECT * FROM callback_due") == before
         assert (await stage.callback()).state == "pending"
         assert [(row.attempt_no, row.late) for row in await stage.attempts()] == [(1, True)]
+
+
+async def test_what_was_heard_before_a_stall_longer_than_the_lease_is_still_recorded(database_url: str) -> None:
+    async with staging(database_url) as stage:
+        await stage.tell()
+        token = uuid4()
+        ended = _ended(await stage.claim(token), token, 200)
+        stalled_seconds = stage.desk.settings.callback_lease_seconds + 1
+
+        await stage.deliverer._submit(replace(ended, ended_at=monotonic() - stalled_seconds))
+
+        assert (await stage.callback()).state == "delivered"
+        assert [(row.attempt_no, row.late) for row in await stage.attempts()] == [(1, False)]
 
 
 @pytest.mark.parametrize("status", [200, 410, 503])

@@ -320,10 +320,14 @@ class Deliverer:
         )
 
     async def _submit(self, ended: Ended) -> None:
-        """Have an attempt recorded, again and again for as long as a lease: what is not recorded is made once more."""
+        """Have an attempt recorded, again and again for as long as a lease: what is not recorded is made once more.
+
+        The last try begins after that: a process that stood still for longer still tells what it has heard.
+        """
         patient_until = ended.ended_at + self._settings.callback_lease_seconds
-        failure = "AccountBusy"
-        while monotonic() < patient_until:
+        failure, tried_at = "AccountBusy", 0.0
+        while tried_at < patient_until:
+            tried_at = monotonic()
             try:
                 if await self._records.submit(ended):
                     return
