@@ -102,7 +102,7 @@ async def test_canceling_twice_is_canceling_once(working: Desk) -> None:
 async def test_what_has_been_sent_can_not_be_canceled(working: Desk, recipient: str, state: str) -> None:
     merchant = await working.merchant()
     payout_id = await working.create(merchant, recipient=recipient)
-    await working.settle(working.settler(rail_timeout_seconds=0.1))
+    await working.settle(working.settler(rail_timeout_seconds=1.0))
 
     with pytest.raises(NotCancelable):
         await cancel_one(working, merchant, payout_id)

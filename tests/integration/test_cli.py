@@ -654,7 +654,7 @@ async def test_the_story_tells_what_the_rail_said_and_what_spoke_against_it(
 async def test_the_story_of_an_unfinished_payout_says_what_is_next(terminal: Terminal, shop_floor: Desk) -> None:
     merchant = await shop_floor.merchant()
     payout_id = await shop_floor.create(merchant, recipient="0171230200")
-    await shop_floor.settle(shop_floor.settler(rail_timeout_seconds=0.05))
+    await shop_floor.settle(shop_floor.settler(rail_timeout_seconds=1.0))
 
     payout = (await terminal.run("payout", "show", payout_id, "--json")).document["payout"]
 

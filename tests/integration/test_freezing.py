@@ -77,7 +77,7 @@ async def test_nothing_more_is_accepted_and_what_waits_is_sent_when_it_goes_on(t
 async def test_what_a_rail_has_taken_ends_as_it_ends(terminal: Terminal, floor: Desk) -> None:
     merchant = await floor.merchant()
     in_doubt = await floor.create(merchant, recipient="017000000201")
-    hasty, settler = floor.settler(rail_timeout_seconds=0.1), floor.settler()
+    hasty, settler = floor.settler(rail_timeout_seconds=1.0), floor.settler()
     await hasty.run_round()
     await hasty.drain(20.0)
     await execute(floor.owner, "UPDATE payout_due SET due_at = now() + interval '1 hour'")

@@ -38,7 +38,7 @@ async def _live_honestly(working: Desk) -> dict[str, str]:
     ids["verifying"] = await working.create(merchant, recipient="017000000200")
     ids["other"] = await working.create(other)
     ids["refunded"] = await working.create(other, recipient="017000000300")
-    await working.settle(working.settler(rail_timeout_seconds=0.1))
+    await working.settle(working.settler(rail_timeout_seconds=1.0))
     while await working.state(ids["refunded"]) != "refunded":
         await hear(working.worker)
     ids["sending"] = await working.create(merchant)

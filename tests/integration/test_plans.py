@@ -438,6 +438,35 @@ async def test_what_a_batch_reads_does_not_depend_on_how_much_there_is(crowd: Cr
             await _assert_read_few(tx)
 
 
+async def test_sessions_that_began_on_an_empty_database_read_no_more_when_there_is_much(database_url: str) -> None:
+    """What they planned then is what they do now, in functions even where every statement of ours is planned anew."""
+    async with (
+        desk(database_url) as working,
+        working.gateway.connect() as accepting,
+        working.worker.connect() as settling,
+    ):
+        shop = (await working.merchant()).shop
+        accepted = settled = {"nothing": 0}
+        for _ in range(16):
+            for tx in (accepting, settling):
+                await tx.execute(text("SELECT pg_stat_force_next_flush()"))
+                await tx.commit()
+            orders = [order(working.settings, shop, callback_url="http://127.0.0.1:9/") for _ in range(BATCH)]
+            await decide_batch(accepting, orders, wait_seconds=LOCK_WAIT_SECONDS)
+            accepted = await _rows_read(accepting)
+            await accepting.commit()
+            _, calls = await claim_calls(
+                settling, claim=_claim(), after_shop=FIRST_SHOP, busy=Counter(), lag_seconds=0.0, start_until=math.inf
+            )
+            answers = [Ended(call, Answer(Outcome.PAID)) for call in calls]
+            recorded = await record_answers(settling, answers, wait_seconds=LOCK_WAIT_SECONDS)
+            assert len(recorded.events) == BATCH
+            settled = await _rows_read(settling)
+            await settling.commit()
+        assert max(accepted.values()) <= 5 * BATCH, accepted
+        assert max(settled.values()) <= 20 * BATCH, settled
+
+
 async def _assert_read_few(tx: Tx) -> None:
     """Each table a few times the batch."""
     read = await _rows_read(tx)

@@ -86,7 +86,7 @@ async def payouts(floor: Desk, merchant: Merchant) -> dict[str, UUID]:
     await floor.settle(floor.settler(rails))
     # One that never answers, alone: others would be too slow for it on a slow machine.
     ids["verifying"] = await floor.create(merchant, recipient="017000000200")
-    await floor.settle(floor.settler(rails, rail_timeout_seconds=0.1))
+    await floor.settle(floor.settler(rails, rail_timeout_seconds=1.0))
     await execute(floor.owner, "UPDATE rail_events SET due_at = now() WHERE applied_at IS NULL")
     await hear(floor.worker)
     ids["queued"] = await floor.create(merchant)

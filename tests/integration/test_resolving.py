@@ -35,7 +35,7 @@ def terminal(database_url: str) -> Terminal:
 async def doubtful(floor: Desk) -> UUID:
     """A payout whose rail never answers."""
     payout_id = await floor.create(await floor.merchant(), recipient=SILENT, callback_url=URL, external_id="PAY-1")
-    await floor.settle(floor.settler(rail_timeout_seconds=0.05))
+    await floor.settle(floor.settler(rail_timeout_seconds=1.0))
     assert await floor.state(payout_id) == "verifying"
     return payout_id
 

@@ -58,7 +58,7 @@ async def _tell_a_story(desk: Desk) -> dict[str, str]:
     ids["failed"] = await desk.create(merchant, recipient="017000000100", callback_url="http://localhost")
     ids["verifying"] = await desk.create(merchant, recipient="017000000200")
     await desk.create(other, recipient="017000000100", callback_url="http://localhost")
-    await desk.settle(desk.settler(rail_timeout_seconds=0.1))
+    await desk.settle(desk.settler(rail_timeout_seconds=1.0))
     ids["sending"] = await desk.create(merchant)
     await execute(
         desk.worker,

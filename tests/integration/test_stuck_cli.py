@@ -94,7 +94,7 @@ async def test_nothing_is_stuck_is_exit_code_0(terminal: Terminal, floor: Desk) 
 async def test_something_is_stuck_is_exit_code_1_and_people_read_what_to_do(terminal: Terminal, floor: Desk) -> None:
     merchant = await floor.merchant()
     payout_id = await floor.create(merchant, recipient="017000000200")
-    await floor.settle(floor.settler(rail_timeout_seconds=0.1))
+    await floor.settle(floor.settler(rail_timeout_seconds=1.0))
 
     assert await look(terminal) == {}, "an hour has not passed"
     ended = await terminal.run("stuck", *AT_ONCE)
@@ -158,7 +158,7 @@ async def test_a_payout_whose_rail_took_it_and_says_no_more(terminal: Terminal, 
 
 async def test_what_people_have_to_say_is_there_too(terminal: Terminal, floor: Desk) -> None:
     payout_id = await floor.create(await floor.merchant(), recipient="017000000200")
-    await floor.settle(floor.settler(rail_timeout_seconds=0.1))
+    await floor.settle(floor.settler(rail_timeout_seconds=1.0))
     rendered = render_id(PAYOUT, payout_id)
     evidence = ("--evidence", "a letter of the bank", "--actor", "alice")
     (await terminal.run("payout", "resolve", rendered, "--success", *evidence)).assert_shown("waits")
