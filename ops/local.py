@@ -19,7 +19,7 @@ from common.settings import Settings, SettingsInvalid
 from ops import apt, broker, database
 from ops.broker import BrokerUnusable
 from ops.database import DatabaseUnusable
-from ops.ports import choose_port, find_obstacle, loopback_url
+from ops.ports import choose_port, find_obstacle, keep_port, loopback_url
 from ops.processes import Process, ProcessFailed, Program, stop_all, stop_leftovers, wait_until_answers
 from ops.seed import BANK_SHOP, CURRENCY, SHOP, seed, seed_bank
 from ops.servers import OwnServer, ServerFailed
@@ -121,6 +121,7 @@ class Stack:
         obstacle = find_obstacle(settings.host, settings.port)
         if obstacle is not None:
             raise PortUnusable(f"port {settings.port} of {settings.host}: {obstacle}; PORT=… chooses another")
+        keep_port(settings.port)
         return settings, environment
 
     async def _see_to_broker(self, running: AsyncExitStack) -> str:
