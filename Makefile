@@ -27,7 +27,7 @@ bench: venv ## Measure the product beside what is possible here; ARGS="accept", 
 plants: venv ## Plant the faults that would cost money, one by one; each must turn a test red.
 	@$(PYTHON) -m tests.plants $(ARGS)
 
-check: lint types test ## Lint, types and tests.
+check: lint types test ## Lint, types and tests; those of deploy/ need no engine and no cluster.
 
 lint: venv ## Look for mistakes and for untidy formatting.
 	@$(PYTHON) -m ruff check .

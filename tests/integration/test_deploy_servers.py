@@ -31,7 +31,7 @@ from ops.servers import ServerFailed
 from tests.broker import _do_without, _find_server, _node
 from tests.deployment import DEPLOY, load
 from tests.factories import settings
-from tests.stack import DEADLINE_SECONDS, eventually
+from tests.stack import DEADLINE_SECONDS, eventually, stack
 
 PASSWORDS: Final = {name: f"a-long-enough-password-of-{name}" for name in ("gateway", "worker", "ops")}
 TOPOLOGY: Final = Topology("", 1)
@@ -218,3 +218,23 @@ async def test_rabbitmq_speaks_tls_alone_with_the_definitions_and_users_in_it(no
 
     shown = await eventually(told, "RabbitMQ tells of its queues")
     assert [line for line in shown.splitlines() if line.startswith("rabbitmq_detailed_queue_messages{")]
+
+
+async def test_compose_sees_whether_a_process_is_ready(database_url: str) -> None:
+    """The very command of the health check, beside a process that is ready, and where nobody listens."""
+    program, *arguments = load("compose.yaml")["services"]["sweep"]["healthcheck"]["test"][1:]
+    assert program == "python"
+
+    async def exit_code(port: int) -> int:
+        looking = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *arguments,
+            env={"PAYOUTS_ADMIN_PORT": str(port)},
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        return await looking.wait()
+
+    async with stack(database_url) as running:
+        process = await running.start("worker", "sweep")
+        assert await exit_code(process.admin_port) == 0
+        assert await exit_code(choose_port()) == 1
