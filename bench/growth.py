@@ -270,12 +270,8 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
 
 def draw(found: dict[str, Any]) -> Sequence[Chart]:
     """What can be done at each stage; memory, and the sizes of the tables that must not grow, under load."""
-    bars = [
-        Bar(f"{name}, {stage}", value)
-        for name in next(iter(found["stages"].values()))
-        if name != "differing"
-        for stage, value in ((stage, figures[name]) for stage, figures in found["stages"].items())
-    ]
+    stages = found["stages"]
+    names = [name for name in stages["empty"] if name != "differing"]
     samples = found["load"]["samples"]
 
     def lines(start: str) -> dict[str, list[tuple[float, float]]]:
@@ -286,7 +282,7 @@ def draw(found: dict[str, Any]) -> Sequence[Chart]:
         }
 
     return (
-        Bars("per second", bars),
+        *(Bars(f"{name}, per second", [Bar(stage, f[name]) for stage, f in stages.items()]) for name in names),
         Lines("memory under load, MiB", lines("memory of")),
         Lines("tables with their indexes under load, MiB", lines("size of")),
     )
