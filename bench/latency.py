@@ -94,7 +94,9 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
             f"{told['failed']:,}",
             "as claimed" if not run["differing"] else f"{run['differing']:,} differ",
         )
-    table.caption = f"late: the generator itself, p99; the rules of the ledger: {', '.join(found['broken']) or 'all hold'}"
+    table.caption = (
+        f"late: the generator itself, p99; the rules of the ledger: {', '.join(found['broken']) or 'all hold'}"
+    )
     costs = {f"{run['rate']:,}/s, {run['who']}": run["costs"] for run in found["runs"] if "costs" in run}
     return table, *render_goals(found["goals"]), render_costs(costs)
 
