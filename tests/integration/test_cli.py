@@ -5,7 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -31,7 +31,7 @@ from ops.state import Demo, find_or_make_keys, save_demo
 from tests.conftest import Server
 from tests.factories import environment, execute, fetch
 from tests.faults.proxy import CommitFault, proxy
-from tests.flows import Desk, desk, pass_callback_time, take_callbacks
+from tests.flows import Desk, pass_callback_time, take_callbacks
 from tests.terminal import Terminal
 from worker.callbacks.recording import Ended as EndedCallback
 from worker.callbacks.recording import record_attempts
@@ -41,19 +41,6 @@ from worker.hearing import hear
 RECIPIENT: Final = "01798765432"
 URL: Final = "http://127.0.0.1:9/hook"
 AS_ALICE: Final = ("--actor", "alice")
-
-
-@pytest.fixture
-async def shop_floor(database_url: str) -> AsyncIterator[Desk]:
-    """A migrated database."""
-    async with desk(database_url) as opened:
-        yield opened
-
-
-@pytest.fixture
-def terminal(database_url: str) -> Terminal:
-    """Somebody who has everything in the environment."""
-    return Terminal(environment(database_url))
 
 
 @pytest.fixture
@@ -251,8 +238,8 @@ async def test_settings_that_make_no_sense_are_refused_by_name(database_url: str
     ended.assert_refused("PAYOUTS_TYPO")
 
 
-async def test_only_what_seals_needs_the_keys(database_url: str, shop_floor: Desk) -> None:
-    merchant = await shop_floor.merchant()
+async def test_only_what_seals_needs_the_keys(database_url: str, floor: Desk) -> None:
+    merchant = await floor.merchant()
     keyless = Terminal({"DATABASE_URL": database_url})
 
     (await keyless.run("balance", "show", merchant.code, "shop-001")).assert_shown("1000000.00")
@@ -301,25 +288,25 @@ def test_the_console_script_ends_with_the_exit_code(database_url: str) -> None:
 # Merchants, shops, keys
 
 
-async def test_a_merchant_is_brought_in_once(terminal: Terminal, shop_floor: Desk) -> None:
+async def test_a_merchant_is_brought_in_once(terminal: Terminal, floor: Desk) -> None:
     (await terminal.run("merchant", "add", "acme", "--name", "Acme Ltd", *AS_ALICE)).assert_shown("acme", "Acme Ltd")
 
-    assert await audited(shop_floor, "merchant.add") == ("alice", "acme", None)
+    assert await audited(floor, "merchant.add") == ("alice", "acme", None)
     (await terminal.run("merchant", "add", "acme", "--name", "Another")).assert_refused("exists already")
     (await terminal.run("merchant", "add", "Not a code", "--name", "x")).assert_refused()
     second = await terminal.run("merchant", "add", "globex", "--name", "Globex", "--json")
     assert second.document == {"code": "globex", "name": "Globex"}
 
 
-async def test_whoever_became_root_by_sudo_is_the_actor(database_url: str, shop_floor: Desk) -> None:
+async def test_whoever_became_root_by_sudo_is_the_actor(database_url: str, floor: Desk) -> None:
     carol = Terminal({**environment(database_url), "SUDO_USER": "carol"})
 
     (await carol.run("merchant", "add", "acme", "--name", "Acme")).assert_shown()
 
-    assert await audited(shop_floor, "merchant.add") == ("carol", "acme", None)
+    assert await audited(floor, "merchant.add") == ("carol", "acme", None)
 
 
-async def test_a_shop_shows_its_webhook_secret_once(terminal: Terminal, shop_floor: Desk, acme: str) -> None:
+async def test_a_shop_shows_its_webhook_secret_once(terminal: Terminal, floor: Desk, acme: str) -> None:
     options = ("--currency", "BDT", "--rail", "sandbox", "--default", "--webhook-url", URL, *AS_ALICE)
     shown = await terminal.run("shop", "add", acme, "dhaka", *options)
     told = (
@@ -340,13 +327,13 @@ async def test_a_shop_shows_its_webhook_secret_once(terminal: Terminal, shop_flo
     }
     assert shown.out.count(secret) == 1
     assert secret not in (await terminal.run("shop", "list", "--json")).out
-    await assert_nowhere_in_the_clear(shop_floor, secret)
-    actions = await fetch(shop_floor.owner, "SELECT actor, subject FROM audit WHERE action = 'shop.add' ORDER BY id")
+    await assert_nowhere_in_the_clear(floor, secret)
+    actions = await fetch(floor.owner, "SELECT actor, subject FROM audit WHERE action = 'shop.add' ORDER BY id")
     assert tuple(actions[0]) == ("alice", "acme/dhaka")
 
 
-async def test_shops_are_listed_of_all_merchants_or_of_one(terminal: Terminal, shop_floor: Desk, shop: str) -> None:
-    other = await shop_floor.merchant()
+async def test_shops_are_listed_of_all_merchants_or_of_one(terminal: Terminal, floor: Desk, shop: str) -> None:
+    other = await floor.merchant()
 
     (await terminal.run("shop", "list")).assert_shown("acme", shop, "sandbox", other.code)
     listed = (await terminal.run("shop", "list", "--merchant", "acme", "--json")).document["shops"]
@@ -357,10 +344,10 @@ async def test_shops_are_listed_of_all_merchants_or_of_one(terminal: Terminal, s
 
 
 async def test_a_shop_becomes_an_exception_from_where_callbacks_may_go_and_stops_being_one(
-    terminal: Terminal, shop_floor: Desk, shop: str
+    terminal: Terminal, floor: Desk, shop: str
 ) -> None:
     async def exceptions() -> tuple[bool, list[int] | None]:
-        row = await shop_floor.one("SELECT callback_http, callback_ports FROM shops WHERE code = :code", code=shop)
+        row = await floor.one("SELECT callback_http, callback_ports FROM shops WHERE code = :code", code=shop)
         return row.callback_http, row.callback_ports
 
     command = ("shop", "callbacks", f"acme/{shop}", "--reason", "a till of 2009", *AS_ALICE)
@@ -368,7 +355,7 @@ async def test_a_shop_becomes_an_exception_from_where_callbacks_may_go_and_stops
     shown = await terminal.run(*command, "--http", "--ports", "9000,8080,9000", "--json")
     assert shown.document == {"shop": f"acme/{shop}", "http": True, "ports": [8080, 9000]}
     assert await exceptions() == (True, [8080, 9000])
-    assert await audited(shop_floor, "shop.callbacks") == ("alice", f"acme/{shop}", "a till of 2009")
+    assert await audited(floor, "shop.callbacks") == ("alice", f"acme/{shop}", "a till of 2009")
     (listed,) = (await terminal.run("shop", "list", "--merchant", "acme", "--json")).document["shops"]
     assert (listed["callback_http"], listed["callback_ports"]) == (True, [8080, 9000])
 
@@ -376,7 +363,7 @@ async def test_a_shop_becomes_an_exception_from_where_callbacks_may_go_and_stops
     assert await exceptions() == (False, [8080, 9000])
     (await terminal.run(*command, "--ports", "default")).assert_shown("default")
     assert await exceptions() == (False, None)
-    details = await fetch(shop_floor.owner, "SELECT detail FROM audit WHERE action = 'shop.callbacks' ORDER BY id")
+    details = await fetch(floor.owner, "SELECT detail FROM audit WHERE action = 'shop.callbacks' ORDER BY id")
     assert [row.detail for row in details] == [
         {"http": True, "ports": [8080, 9000]},
         {"http": False},
@@ -391,9 +378,7 @@ async def test_a_shop_becomes_an_exception_from_where_callbacks_may_go_and_stops
     assert await exceptions() == (False, None)
 
 
-async def test_a_shop_carries_the_schema_of_a_file(
-    terminal: Terminal, shop_floor: Desk, acme: str, tmp_path: Path
-) -> None:
+async def test_a_shop_carries_the_schema_of_a_file(terminal: Terminal, floor: Desk, acme: str, tmp_path: Path) -> None:
     schema = {"type": "object", "required": ["bank"], "properties": {"bank": {"type": "string"}}}
     file = tmp_path / "schema.json"
     file.write_text(json.dumps(schema))
@@ -403,7 +388,7 @@ async def test_a_shop_carries_the_schema_of_a_file(
     )
 
     added.assert_shown("dhaka")
-    assert (await shop_floor.one("SELECT payment_data_schema FROM shops")).payment_data_schema == schema
+    assert (await floor.one("SELECT payment_data_schema FROM shops")).payment_data_schema == schema
 
 
 @pytest.mark.parametrize(
@@ -442,9 +427,7 @@ async def test_a_shop_that_cannot_be_is_refused(
     (await terminal.run("shop", "add", merchant, code, "--rail", "sandbox", *options)).assert_refused(*words)
 
 
-async def test_a_key_shows_its_secret_once_and_is_limited_as_asked(
-    terminal: Terminal, shop_floor: Desk, shop: str
-) -> None:
+async def test_a_key_shows_its_secret_once_and_is_limited_as_asked(terminal: Terminal, floor: Desk, shop: str) -> None:
     limits = ("--shop", shop, "--scope", "payouts:read", "--scope", "balance:read", "--v1-only")
     origin = ("--network", "10.0.0.0/8", "--network", "2001:db8::1", "--expires", "2999-01-01")
     shown = await terminal.run("key", "add", "acme", *limits, *origin, *AS_ALICE)
@@ -453,15 +436,15 @@ async def test_a_key_shows_its_secret_once_and_is_limited_as_asked(
     words = dict(line.split(maxsplit=1) for line in shown.out.splitlines())
     public_id, secret = words["public_id"], words["secret"]
     assert shown.out.count(secret) == 1
-    key = (await in_transaction(shop_floor.owner, partial(find_api_keys, public_ids=[public_id])))[public_id]
+    key = (await in_transaction(floor.owner, partial(find_api_keys, public_ids=[public_id])))[public_id]
     assert key.scopes == {"payouts:read", "balance:read"}
     assert key.allowed_networks == ("10.0.0.0/8", "2001:db8::1/128")
     assert key.expires_at == datetime(2999, 1, 1, tzinfo=UTC)
     assert (key.v1_only, len(key.shop_ids)) == (True, 1)
-    sealed = partial(shop_floor.settings.keyring.open, owner=key.merchant_id, row=key.id, purpose=API_KEY_PURPOSE)
+    sealed = partial(floor.settings.keyring.open, owner=key.merchant_id, row=key.id, purpose=API_KEY_PURPOSE)
     assert sealed(key.secret_sealed).decode() == secret
-    await assert_nowhere_in_the_clear(shop_floor, secret)
-    assert await audited(shop_floor, "key.add") == ("alice", public_id, None)
+    await assert_nowhere_in_the_clear(floor, secret)
+    assert await audited(floor, "key.add") == ("alice", public_id, None)
 
 
 async def test_a_key_without_limits_may_everything_everywhere(terminal: Terminal, shop: str) -> None:
@@ -481,9 +464,7 @@ async def test_a_key_without_limits_may_everything_everywhere(terminal: Terminal
     (await terminal.run("key", "add", "acme", "--shop", "other")).assert_refused("no shop other")
 
 
-async def test_keys_are_listed_without_secrets_and_revoked_for_good(
-    terminal: Terminal, shop_floor: Desk, acme: str
-) -> None:
+async def test_keys_are_listed_without_secrets_and_revoked_for_good(terminal: Terminal, floor: Desk, acme: str) -> None:
     first, second = [(await terminal.run("key", "add", acme, "--json")).document for _ in range(2)]
 
     shown = await terminal.run("key", "revoke", first["public_id"], *AS_ALICE)
@@ -498,7 +479,7 @@ async def test_keys_are_listed_without_secrets_and_revoked_for_good(
     ]
     assert first["secret"] not in listed.out
     (await terminal.run("key", "list", "--merchant", acme)).assert_shown(first["public_id"], second["public_id"])
-    actions = await fetch(shop_floor.owner, "SELECT actor, subject FROM audit WHERE action = 'key.revoke' ORDER BY id")
+    actions = await fetch(floor.owner, "SELECT actor, subject FROM audit WHERE action = 'key.revoke' ORDER BY id")
     assert tuple(actions[0]) == ("alice", first["public_id"])
     (await terminal.run("key", "revoke", "pk_of_nobody")).assert_refused("no key pk_of_nobody")
 
@@ -506,14 +487,14 @@ async def test_keys_are_listed_without_secrets_and_revoked_for_good(
 # Money
 
 
-async def test_a_top_up_is_an_entry_with_a_reason_and_an_actor(terminal: Terminal, shop_floor: Desk, shop: str) -> None:
+async def test_a_top_up_is_an_entry_with_a_reason_and_an_actor(terminal: Terminal, floor: Desk, shop: str) -> None:
     shown = await terminal.run("balance", "topup", "acme", shop, "1000.50", "--reason", "wire 77", *AS_ALICE)
     told = await terminal.run("balance", "topup", "acme", shop, "0.5", "--reason", "wire 78", *AS_ALICE, "--json")
 
     shown.assert_shown("1000.50", "wire 77")
     assert told.document == {"merchant": "acme", "shop": shop, "credited": "0.5", "reason": "wire 78"}
     entries = await fetch(
-        shop_floor.owner,
+        floor.owner,
         "SELECT e.kind, e.amount_minor, a.actor, a.reason, a.subject FROM entries e JOIN audit a ON a.id = e.audit_id"
         " ORDER BY e.seq",
     )
@@ -524,17 +505,15 @@ async def test_a_top_up_is_an_entry_with_a_reason_and_an_actor(terminal: Termina
 
 
 @pytest.mark.parametrize("amount", ["0", "1.234", "1e2", "abc", "1000000000000000.00"])
-async def test_an_amount_that_is_none_moves_nothing(
-    terminal: Terminal, shop_floor: Desk, shop: str, amount: str
-) -> None:
+async def test_an_amount_that_is_none_moves_nothing(terminal: Terminal, floor: Desk, shop: str, amount: str) -> None:
     (await terminal.run("balance", "topup", "acme", shop, amount, "--reason", "x")).assert_refused("amount")
 
-    assert await fetch(shop_floor.owner, "SELECT seq FROM entries") == []
+    assert await fetch(floor.owner, "SELECT seq FROM entries") == []
 
 
-async def test_a_balance_shows_what_is_held(terminal: Terminal, shop_floor: Desk) -> None:
-    merchant = await shop_floor.merchant(funds="100.00")
-    await shop_floor.create(merchant, amount_minor=1500)
+async def test_a_balance_shows_what_is_held(terminal: Terminal, floor: Desk) -> None:
+    merchant = await floor.merchant(funds="100.00")
+    await floor.create(merchant, amount_minor=1500)
 
     (await terminal.run("balance", "show", merchant.code, "shop-001")).assert_shown("85.00", "15.00", "BDT")
     balance = (await terminal.run("balance", "show", merchant.code, "shop-001", "--json")).document
@@ -551,19 +530,19 @@ async def test_a_balance_shows_what_is_held(terminal: Terminal, shop_floor: Desk
     (await terminal.run("balance", "show", merchant.code, "other")).assert_refused("no shop other")
 
 
-async def test_an_account_that_somebody_holds_is_left_alone(database_url: str, shop_floor: Desk) -> None:
-    merchant = await shop_floor.merchant()
+async def test_an_account_that_somebody_holds_is_left_alone(database_url: str, floor: Desk) -> None:
+    merchant = await floor.merchant()
     hasty = Terminal(environment(database_url, PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS="0.05"))
 
-    async with shop_floor.owner.begin() as holder:
+    async with floor.owner.begin() as holder:
         await holder.exec_driver_sql("SELECT id FROM accounts FOR UPDATE")
         ended = await hasty.run("balance", "topup", merchant.code, "shop-001", "1", "--reason", "x")
 
     ended.assert_refused("locked by somebody else")
 
 
-async def test_a_top_up_whose_answer_is_lost_is_done_at_most_once(database_url: str, shop_floor: Desk) -> None:
-    merchant = await shop_floor.merchant(funds=None)
+async def test_a_top_up_whose_answer_is_lost_is_done_at_most_once(database_url: str, floor: Desk) -> None:
+    merchant = await floor.merchant(funds=None)
     async with proxy(database_url) as network:
         network.fail_commits(CommitFault.LOSE_ANSWER)
 
@@ -572,7 +551,7 @@ async def test_a_top_up_whose_answer_is_lost_is_done_at_most_once(database_url: 
         )
 
     ended.assert_refused("look before you repeat", code=3)
-    assert len(await fetch(shop_floor.owner, "SELECT seq FROM entries")) == 1
+    assert len(await fetch(floor.owner, "SELECT seq FROM entries")) == 1
 
 
 # Payouts and callbacks
@@ -601,14 +580,14 @@ async def event_of(floor: Desk, payout_id: UUID) -> str:
     return render_id(EVENT, (await floor.one("SELECT id FROM events WHERE payout_id = :id", id=payout_id)).id)
 
 
-async def test_the_story_of_a_payout_is_told_in_order_of_time(terminal: Terminal, shop_floor: Desk) -> None:
-    merchant = await shop_floor.merchant(funds="100.00")
-    payout_id = await shop_floor.create(merchant, external_id="PAY-7", callback_url=URL, recipient=RECIPIENT)
-    await shop_floor.settle()
-    await deliver(shop_floor, http_status=503, response=b"down\x1b[2J for repairs")
-    event = await event_of(shop_floor, payout_id)
+async def test_the_story_of_a_payout_is_told_in_order_of_time(terminal: Terminal, floor: Desk) -> None:
+    merchant = await floor.merchant(funds="100.00")
+    payout_id = await floor.create(merchant, external_id="PAY-7", callback_url=URL, recipient=RECIPIENT)
+    await floor.settle()
+    await deliver(floor, http_status=503, response=b"down\x1b[2J for repairs")
+    event = await event_of(floor, payout_id)
     (await terminal.run("callbacks", "resend", event, "--reason", "they are back", *AS_ALICE)).assert_shown(event)
-    await deliver(shop_floor, http_status=204)
+    await deliver(floor, http_status=204)
 
     shown = await terminal.run("payout", "show", "PAY-7")
     told = await terminal.run("payout", "show", render_id(PAYOUT, payout_id), "--json")
@@ -634,14 +613,12 @@ async def test_the_story_of_a_payout_is_told_in_order_of_time(terminal: Terminal
     assert RECIPIENT not in shown.out + told.out
 
 
-async def test_the_story_tells_what_the_rail_said_and_what_spoke_against_it(
-    terminal: Terminal, shop_floor: Desk
-) -> None:
-    merchant = await shop_floor.merchant()
-    payout_id = await shop_floor.create(merchant, recipient="01700000301")
-    await shop_floor.settle()
-    await execute(shop_floor.owner, "UPDATE rail_events SET due_at = now() WHERE applied_at IS NULL")
-    await hear(shop_floor.worker)
+async def test_the_story_tells_what_the_rail_said_and_what_spoke_against_it(terminal: Terminal, floor: Desk) -> None:
+    merchant = await floor.merchant()
+    payout_id = await floor.create(merchant, recipient="01700000301")
+    await floor.settle()
+    await execute(floor.owner, "UPDATE rail_events SET due_at = now() WHERE applied_at IS NULL")
+    await hear(floor.worker)
 
     story = (await terminal.run("payout", "show", render_id(PAYOUT, payout_id), "--json")).document["story"]
 
@@ -651,10 +628,10 @@ async def test_the_story_tells_what_the_rail_said_and_what_spoke_against_it(
     assert (discrepancy["kind"], discrepancy["word"], discrepancy["against"]) == ("status", "paid", "failed")
 
 
-async def test_the_story_of_an_unfinished_payout_says_what_is_next(terminal: Terminal, shop_floor: Desk) -> None:
-    merchant = await shop_floor.merchant()
-    payout_id = await shop_floor.create(merchant, recipient="0171230200")
-    await shop_floor.settle(shop_floor.settler(rail_timeout_seconds=1.0))
+async def test_the_story_of_an_unfinished_payout_says_what_is_next(terminal: Terminal, floor: Desk) -> None:
+    merchant = await floor.merchant()
+    payout_id = await floor.create(merchant, recipient="0171230200")
+    await floor.settle(floor.settler(rail_timeout_seconds=1.0))
 
     payout = (await terminal.run("payout", "show", payout_id, "--json")).document["payout"]
 
@@ -664,16 +641,14 @@ async def test_the_story_of_an_unfinished_payout_says_what_is_next(terminal: Ter
     assert payout["due_at"] > payout["created_at"]
 
 
-async def test_the_story_of_a_payin_tells_its_money_and_what_its_rail_said(
-    terminal: Terminal, shop_floor: Desk
-) -> None:
-    merchant = await shop_floor.merchant()
-    payin_id = await shop_floor.create_payin(merchant, amount_minor=1004, external_id="IN-1", callback_url=URL)
+async def test_the_story_of_a_payin_tells_its_money_and_what_its_rail_said(terminal: Terminal, floor: Desk) -> None:
+    merchant = await floor.merchant()
+    payin_id = await floor.create_payin(merchant, amount_minor=1004, external_id="IN-1", callback_url=URL)
     waiting = (await terminal.run("payin", "show", "IN-1", "--json")).document
     assert (waiting["payin"]["status"], waiting["payin"]["look_ups"]) == ("pending", 0)
-    await shop_floor.collect()
-    await execute(shop_floor.owner, "UPDATE rail_events SET due_at = now()")
-    await hear(shop_floor.worker)
+    await floor.collect()
+    await execute(floor.owner, "UPDATE rail_events SET due_at = now()")
+    await hear(floor.worker)
 
     document = (await terminal.run("payin", "show", render_id(PAYIN, payin_id), "--json")).document
     assert (document["payin"]["status"], document["payin"]["due_at"]) == ("refunded", None)
@@ -688,10 +663,10 @@ async def test_the_story_of_a_payin_tells_its_money_and_what_its_rail_said(
     (await terminal.run("callbacks", "list")).assert_shown(render_id(PAYIN, payin_id))
 
 
-async def test_an_external_id_of_several_shops_asks_which(terminal: Terminal, shop_floor: Desk) -> None:
-    first, second = [await shop_floor.merchant() for _ in range(2)]
+async def test_an_external_id_of_several_shops_asks_which(terminal: Terminal, floor: Desk) -> None:
+    first, second = [await floor.merchant() for _ in range(2)]
     for merchant in (first, second):
-        await shop_floor.create(merchant, external_id="PAY-1")
+        await floor.create(merchant, external_id="PAY-1")
 
     asked = await terminal.run("payout", "show", "PAY-1")
     shown = await terminal.run("payout", "show", "PAY-1", "--shop", f"{second.code}/shop-001")
@@ -703,20 +678,20 @@ async def test_an_external_id_of_several_shops_asks_which(terminal: Terminal, sh
     (await terminal.run("payout", "show", render_id(PAYOUT, new_id()))).assert_refused("no payout po_")
 
 
-async def test_an_external_id_may_look_like_our_own(terminal: Terminal, shop_floor: Desk) -> None:
+async def test_an_external_id_may_look_like_our_own(terminal: Terminal, floor: Desk) -> None:
     external_id = render_id(PAYOUT, new_id())
-    await shop_floor.create(await shop_floor.merchant(), external_id=external_id)
+    await floor.create(await floor.merchant(), external_id=external_id)
 
     (await terminal.run("payout", "show", external_id)).assert_shown(external_id)
 
 
-async def test_callbacks_are_listed_by_payout_and_by_state(terminal: Terminal, shop_floor: Desk) -> None:
-    merchant = await shop_floor.merchant()
+async def test_callbacks_are_listed_by_payout_and_by_state(terminal: Terminal, floor: Desk) -> None:
+    merchant = await floor.merchant()
     for external_id in ("PAY-1", "PAY-2"):
-        await shop_floor.create(merchant, external_id=external_id, callback_url=URL)
-        await shop_floor.settle()
+        await floor.create(merchant, external_id=external_id, callback_url=URL)
+        await floor.settle()
         if external_id == "PAY-1":
-            await deliver(shop_floor, http_status=200)
+            await deliver(floor, http_status=200)
 
     listed = (await terminal.run("callbacks", "list", "--json")).document["callbacks"]
     delivered = (await terminal.run("callbacks", "list", "--state", "delivered", "--json")).document["callbacks"]
@@ -733,45 +708,45 @@ async def test_callbacks_are_listed_by_payout_and_by_state(terminal: Terminal, s
     (await terminal.run("callbacks", "list", "--payout", "PAY-3")).assert_refused("no payout PAY-3")
 
 
-async def test_a_callback_is_sent_again_with_a_reason_and_an_actor(terminal: Terminal, shop_floor: Desk) -> None:
-    payout_id = await shop_floor.create(await shop_floor.merchant(), callback_url=URL)
-    await shop_floor.settle()
-    await deliver(shop_floor, http_status=200)
-    event = await event_of(shop_floor, payout_id)
+async def test_a_callback_is_sent_again_with_a_reason_and_an_actor(terminal: Terminal, floor: Desk) -> None:
+    payout_id = await floor.create(await floor.merchant(), callback_url=URL)
+    await floor.settle()
+    await deliver(floor, http_status=200)
+    event = await event_of(floor, payout_id)
 
     told = await terminal.run("callbacks", "resend", event, "--reason", "asked by phone", *AS_ALICE, "--json")
 
     assert told.document == {"event": event, "state": "pending"}
-    assert await audited(shop_floor, "callback.resend") == ("alice", event, "asked by phone")
-    await deliver(shop_floor, http_status=200)
-    numbers = await fetch(shop_floor.owner, "SELECT attempt_no FROM callback_attempts ORDER BY attempt_no")
+    assert await audited(floor, "callback.resend") == ("alice", event, "asked by phone")
+    await deliver(floor, http_status=200)
+    numbers = await fetch(floor.owner, "SELECT attempt_no FROM callback_attempts ORDER BY attempt_no")
     assert [row.attempt_no for row in numbers] == [1, 2]
     (await terminal.run("verify")).assert_shown("holds")
 
 
-async def test_a_callback_that_cannot_be_sent_again_says_why(terminal: Terminal, shop_floor: Desk) -> None:
-    merchant = await shop_floor.merchant()
-    uncalled, called = [await shop_floor.create(merchant, callback_url=url) for url in (None, URL)]
-    await shop_floor.settle()
+async def test_a_callback_that_cannot_be_sent_again_says_why(terminal: Terminal, floor: Desk) -> None:
+    merchant = await floor.merchant()
+    uncalled, called = [await floor.create(merchant, callback_url=url) for url in (None, URL)]
+    await floor.settle()
     again = ("--reason", "x")
-    await in_transaction(shop_floor.worker, lambda tx: take_callbacks(tx, uuid4(), 1))
+    await in_transaction(floor.worker, lambda tx: take_callbacks(tx, uuid4(), 1))
 
     for event, words in (
-        (await event_of(shop_floor, called), "under way"),
-        (await event_of(shop_floor, uncalled), "nobody asked"),
+        (await event_of(floor, called), "under way"),
+        (await event_of(floor, uncalled), "nobody asked"),
         (render_id(EVENT, new_id()), "no event"),
     ):
         (await terminal.run("callbacks", "resend", event, *again)).assert_refused(words)
 
-    assert await fetch(shop_floor.owner, "SELECT id FROM audit WHERE action = 'callback.resend'") == []
+    assert await fetch(floor.owner, "SELECT id FROM audit WHERE action = 'callback.resend'") == []
 
 
 # The ledger as a whole
 
 
-async def test_verify_names_every_rule_and_is_silent_when_all_hold(terminal: Terminal, shop_floor: Desk) -> None:
-    await shop_floor.create(await shop_floor.merchant())
-    await shop_floor.settle()
+async def test_verify_names_every_rule_and_is_silent_when_all_hold(terminal: Terminal, floor: Desk) -> None:
+    await floor.create(await floor.merchant())
+    await floor.settle()
 
     (await terminal.run("verify")).assert_shown(*(rule.guards for rule in RULES))
     report = (await terminal.run("verify", "--json")).document
@@ -779,9 +754,9 @@ async def test_verify_names_every_rule_and_is_silent_when_all_hold(terminal: Ter
     assert [(rule["name"], rule["count"]) for rule in report["rules"]] == [(rule.name, 0) for rule in RULES]
 
 
-async def test_verify_names_the_offender_when_a_row_was_tampered_with(terminal: Terminal, shop_floor: Desk) -> None:
-    payout_id = await shop_floor.create(await shop_floor.merchant())
-    async with shop_floor.owner.begin() as tx:
+async def test_verify_names_the_offender_when_a_row_was_tampered_with(terminal: Terminal, floor: Desk) -> None:
+    payout_id = await floor.create(await floor.merchant())
+    async with floor.owner.begin() as tx:
         for statement in ("DISABLE TRIGGER USER", "ENABLE TRIGGER USER"):
             await tx.exec_driver_sql(f"ALTER TABLE payouts {statement}")
             if statement.startswith("DISABLE"):
@@ -919,12 +894,10 @@ async def test_a_body_comes_from_one_place(tmp_path: Path) -> None:
 # Discrepancies
 
 
-async def test_a_discrepancy_is_listed_and_closed_by_somebody_who_says_why(
-    terminal: Terminal, shop_floor: Desk
-) -> None:
+async def test_a_discrepancy_is_listed_and_closed_by_somebody_who_says_why(terminal: Terminal, floor: Desk) -> None:
     event = NewRailEvent("sandbox", "e-1", "nobody", "paid", amount_minor=1000, currency="BDT")
-    await in_transaction(shop_floor.worker, lambda tx: append_rail_events(tx, [event]))
-    await hear(shop_floor.worker)
+    await in_transaction(floor.worker, lambda tx: append_rail_events(tx, [event]))
+    await hear(floor.worker)
 
     (listed,) = (await terminal.run("discrepancies", "list", "--json")).document["discrepancies"]
     assert (listed["kind"], listed["word"], listed["reference"], listed["payout"]) == (
@@ -936,10 +909,10 @@ async def test_a_discrepancy_is_listed_and_closed_by_somebody_who_says_why(
     closed = await terminal.run("discrepancies", "close", listed["id"], "--reason", "a test of the bank", *AS_ALICE)
 
     closed.assert_shown("closed")
-    assert await audited(shop_floor, "discrepancy.close") == ("alice", listed["id"], "a test of the bank")
+    assert await audited(floor, "discrepancy.close") == ("alice", listed["id"], "a test of the bank")
     (await terminal.run("discrepancies", "list")).assert_shown("none")
     (await terminal.run("discrepancies", "list", "--all")).assert_shown("nobody")
     again = await terminal.run("discrepancies", "close", listed["id"], "--reason", "again", *AS_ALICE)
     again.assert_refused("is open")
-    assert await shop_floor.count("audit", "action = 'discrepancy.close'") == 1
+    assert await floor.count("audit", "action = 'discrepancy.close'") == 1
     (await terminal.run("discrepancies", "close", "x", "--reason", "x")).assert_refused("not the id")

@@ -1,7 +1,6 @@
 """What is exported of a merchant: all of it, of one moment, nothing of anybody else's, and no formula."""
 
 import csv
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -13,27 +12,14 @@ from common.db.engine import in_transaction
 from common.db.exports import Wanted, find_exported_shops, stream_entries
 from common.domain.ids import EVENT, PAYIN, PAYOUT, render_id
 from tests.conftest import Server
-from tests.factories import Merchant, environment, execute
-from tests.flows import Desk, desk, forge
+from tests.factories import Merchant, execute
+from tests.flows import Desk, forge
 from tests.terminal import Ended, Terminal
 
 EVER: Final = ("--since", "2001-01-01", "--until", "2999-01-01")
 RECIPIENT: Final = "01798765432"
 CARD: Final = "4111111111111111"
 URL: Final = "http://127.0.0.1:9/hook?a=1,2"
-
-
-@pytest.fixture
-async def floor(database_url: str) -> AsyncIterator[Desk]:
-    """A migrated database."""
-    async with desk(database_url) as opened:
-        yield opened
-
-
-@pytest.fixture
-def terminal(database_url: str) -> Terminal:
-    """Somebody who has everything in the environment."""
-    return Terminal(environment(database_url))
 
 
 async def export(terminal: Terminal, what: str, merchant: Merchant, out: Path, *options: object) -> Ended:

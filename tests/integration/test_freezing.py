@@ -1,36 +1,21 @@
 """A frozen shop: nothing more is accepted, nothing is sent that was not sent, and nothing that has begun is left alone."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Final
 
 import asyncpg
-import pytest
 from sqlalchemy.engine import make_url
 
 from common.errors import ShopNotFound
 from gateway.accept import Accepted, decide_batch
 from tests.conftest import Server
-from tests.factories import Merchant, environment, execute, fetch, order
+from tests.factories import Merchant, execute, fetch, order
 from tests.faults.locks import locked, until_waiting
-from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, desk
+from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound
 from tests.integration.test_stuck_cli import look
 from tests.terminal import Terminal
 
 BECAUSE: Final = ("--reason", "their key is on the internet", "--actor", "alice")
-
-
-@pytest.fixture
-async def floor(database_url: str) -> AsyncIterator[Desk]:
-    """A migrated database."""
-    async with desk(database_url) as opened:
-        yield opened
-
-
-@pytest.fixture
-def terminal(database_url: str) -> Terminal:
-    """Somebody who has everything in the environment."""
-    return Terminal(environment(database_url))
 
 
 def shop_of(merchant: Merchant) -> str:

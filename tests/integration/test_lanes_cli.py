@@ -15,7 +15,7 @@ from common.domain.ids import EVENT, render_id
 from tests.conftest import Server
 from tests.factories import Merchant, engine, environment, execute, fetch
 from tests.faults.proxy import CommitFault, proxy
-from tests.flows import Desk, assert_sound, desk, pass_callback_time, take_callbacks
+from tests.flows import Desk, assert_sound, pass_callback_time, take_callbacks
 from tests.terminal import Terminal
 from tests.waiting import add_waiting, assert_lanes_sound, lane_of, room
 from worker.callbacks.recording import Ended, record_attempts
@@ -26,24 +26,11 @@ URL: Final = "http://127.0.0.1:9/hook"
 
 
 @pytest.fixture
-async def floor(database_url: str) -> AsyncIterator[Desk]:
-    """A migrated database."""
-    async with desk(database_url) as opened:
-        yield opened
-
-
-@pytest.fixture
 async def ops(database_url: str) -> AsyncIterator[Engine]:
     """Somebody who acts as operators do."""
     pool = engine(database_url, role="payouts_ops")
     yield pool
     await pool.dispose()
-
-
-@pytest.fixture
-def terminal(database_url: str) -> Terminal:
-    """Somebody who has everything in the environment."""
-    return Terminal(environment(database_url))
 
 
 async def tell(floor: Desk, merchant: Merchant, count: int, url: str = URL) -> list[UUID]:

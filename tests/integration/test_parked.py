@@ -20,7 +20,7 @@ from common.messaging.topology import Topology, Work, declare
 from ops.rabbitmq import Node
 from tests.broker import Broker
 from tests.factories import environment, fetch
-from tests.flows import Desk, desk
+from tests.flows import Desk
 from tests.stack import eventually
 from tests.terminal import Ended, Terminal
 
@@ -80,12 +80,6 @@ class Lot:
             return await self.count(self.topology.parked) == messages
 
         await eventually(all_there, f"{messages} are parked")
-
-
-@pytest.fixture
-async def floor(database_url: str) -> AsyncIterator[Desk]:
-    async with desk(database_url) as opened:
-        yield opened
 
 
 @asynccontextmanager

@@ -2,7 +2,6 @@
 
 import csv
 import json
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +14,7 @@ from common.db.reconciling import find_moved
 from common.domain.ids import PAYIN, PAYOUT, new_id, render_id
 from tests.factories import Merchant, environment, execute, fetch
 from tests.faults.proxy import CommitFault, proxy
-from tests.flows import Desk, assert_sound, desk
+from tests.flows import Desk, assert_sound
 from tests.terminal import Ended, Terminal
 from worker.hearing import hear
 
@@ -23,19 +22,6 @@ SINCE, UNTIL = ("2001-01-01", "2999-01-01")
 RECIPIENT: Final = "01798765432"
 CARD: Final = "4111111111111111"
 OPEN: Final = ("--open-discrepancies", "--no-dry-run", "--reason", "the statement of May", "--actor", "alice")
-
-
-@pytest.fixture
-async def floor(database_url: str) -> AsyncIterator[Desk]:
-    """A migrated database."""
-    async with desk(database_url) as opened:
-        yield opened
-
-
-@pytest.fixture
-def terminal(database_url: str) -> Terminal:
-    """Somebody who has everything in the environment."""
-    return Terminal(environment(database_url))
 
 
 class Bank:

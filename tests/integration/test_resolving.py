@@ -1,15 +1,14 @@
 """How payouts end that no rail tells of: by the word of two operators, and by nothing less."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from uuid import UUID
 
 import pytest
 from prometheus_client import REGISTRY
 
 from common.domain.ids import PAYOUT, render_id
-from tests.factories import environment, execute
-from tests.flows import Desk, assert_sound, desk
+from tests.factories import execute
+from tests.flows import Desk, assert_sound
 from tests.terminal import Terminal
 from worker.hearing import hear
 from worker.sweep import Sweeper
@@ -18,17 +17,6 @@ SILENT = "01712300200"
 URL = "http://127.0.0.1:9/told"
 ALICE = ("--actor", "alice", "--evidence", "the bank's letter of Monday")
 BOB = ("--actor", "bob", "--evidence", "the bank's statement, line 7")
-
-
-@pytest.fixture
-async def floor(database_url: str) -> AsyncIterator[Desk]:
-    async with desk(database_url) as opened:
-        yield opened
-
-
-@pytest.fixture
-def terminal(database_url: str) -> Terminal:
-    return Terminal(environment(database_url))
 
 
 @pytest.fixture

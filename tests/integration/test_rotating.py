@@ -40,13 +40,6 @@ _SEALED_PAYOUTS: Final = next(column for column in COLUMNS if column.table == "p
 
 
 @pytest.fixture
-async def floor(database_url: str) -> AsyncIterator[Desk]:
-    """A migrated database where everything is sealed under the first key."""
-    async with desk(database_url) as opened:
-        yield opened
-
-
-@pytest.fixture
 async def sealer(database_url: str) -> AsyncIterator[AsyncEngine]:
     """Whoever exchanges seals."""
     pool = engine(database_url, role="payouts_sealer")

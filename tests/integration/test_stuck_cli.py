@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import AsyncIterator
 from inspect import getsource
 from typing import Any, Final
 from uuid import UUID, uuid4
@@ -19,26 +18,13 @@ from ops.cli.stuck import ADVICE
 from tests.broker import Broker
 from tests.conftest import Server
 from tests.factories import environment, execute
-from tests.flows import Desk, desk
+from tests.flows import Desk
 from tests.integration.test_parked import open_lot
 from tests.terminal import Terminal
 from tests.waiting import add_waiting, lane_of
 
 URL: Final = "http://127.0.0.1:9/hook"
 AT_ONCE: Final = ("--overdue", "0", "--doubt", "0")
-
-
-@pytest.fixture
-async def floor(database_url: str) -> AsyncIterator[Desk]:
-    """A migrated database."""
-    async with desk(database_url) as opened:
-        yield opened
-
-
-@pytest.fixture
-def terminal(database_url: str) -> Terminal:
-    """Somebody who has everything in the environment."""
-    return Terminal(environment(database_url))
 
 
 async def look(terminal: Terminal, *options: object) -> dict[tuple[str, str | None], Any]:
