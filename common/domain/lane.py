@@ -88,7 +88,7 @@ def _succeeded(pace: Pace, duration_ms: int) -> Pace:
         opened, trouble = 0, 0.0
     if latency_ms > SLOW_MILLISECONDS:
         cap = min(cap, CAP_UNKNOWN)
-    return replace(pace, cap=cap, streak=streak, trouble=trouble, latency_ms=latency_ms, opened=opened, failing=False)
+    return Pace(cap, streak, trouble, latency_ms, opened, resting=pace.resting, rest_seconds=pace.rest_seconds)
 
 
 def _failed(pace: Pace, duration_ms: int, luck: float) -> Pace:

@@ -61,7 +61,7 @@ def sign_webhook(secrets: list[str], webhook_id: str, timestamp: int, body: byte
     """
     signed = f"{webhook_id}.{timestamp}.".encode() + body
     return " ".join(
-        "v1," + base64.b64encode(hmac.digest(_webhook_key(secret), signed, "sha256")).decode() for secret in secrets
+        "v1," + base64.b64encode(_hmac(_webhook_key(secret), signed)).decode() for secret in secrets
     )
 
 
@@ -71,4 +71,20 @@ def _webhook_key(secret: str) -> bytes:
 
 
 def _hex_hmac(key: bytes, message: bytes) -> str:
-    return hmac.digest(key, message, "sha256").hex()
+    return _hmac(key, message).hex()
+
+
+def _hmac(key: bytes, message: bytes) -> bytes:
+    signature = _keyed(key).copy()
+    signature.update(message)
+    return signature.digest()
+
+
+@lru_cache(maxsize=1024)
+def _keyed(key: bytes) -> hmac.HMAC:
+    """A key made ready once. OpenSSL's own HMAC would do it anew for every copy as well, so its SHA-256 is put inside."""
+    return hmac.new(key, digestmod=_sha256)
+
+
+def _sha256(data: bytes = b"") -> "hashlib._Hash":
+    return hashlib.sha256(data)

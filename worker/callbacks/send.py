@@ -426,7 +426,9 @@ def _parse_retry_after(headers: Mapping[str, str]) -> float:
 
     A date counts from the answer's own `Date`: both are of the receiver's clock, so that ours does not matter.
     """
-    retry_after = headers.get("Retry-After", "")
+    retry_after = headers.get("Retry-After")
+    if retry_after is None:
+        return 0.0
     if _DELAY_SECONDS.fullmatch(retry_after):
         return min(float(retry_after), _RETRY_AFTER_SECONDS_MAX)
     until, sent = _parse_date(retry_after), _parse_date(headers.get("Date", ""))
