@@ -1,4 +1,5 @@
-"""Delivered and recorded callbacks per second, to one merchant and to many, beside a client that does nothing else.
+"""Delivered and recorded callbacks per second, to one merchant and to many, by one process of the product and by one for each
+of the machine's processors, beside a client that does nothing else.
 
 The two take turns, so that both meet the same machine. Both are counted by the merchants, from the first request that came:
 the baseline until its last one, the product until the last one is recorded as well.
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from statistics import median
 from typing import Any, Final
 from uuid import UUID
@@ -27,11 +29,13 @@ from ops import database
 from ops.state import CHECKOUT
 
 MERCHANTS: Final = 500
+WORKERS: Final = (1, 2)
 GOAL: Final = 0.35
 # Asking costs what is measured: seldom while it goes on, often at its end.
 _POLL_SECONDS: Final = 0.2
 _POLL_AT_END_SECONDS: Final = 0.02
 _DEADLINE_SECONDS: Final = 120.0
+_WORKERS: Final = "workers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class Outcome:
     """All turns of one case. `differing`: callbacks whose record and whose merchant do not agree, of all turns."""
 
     merchants: int
+    workers: int
     callbacks: int
     carrier: str
     runs: list[Run] = field(default_factory=list)
@@ -71,13 +76,14 @@ class Outcome:
 async def measure(
     on: Scene, *, callbacks: int, turns: int, carriers: Sequence[str], progress: Progress
 ) -> dict[str, Any]:
-    """Both cases with each carrier, turn about."""
+    """Each case with each carrier, turn about."""
     shops = {
         merchants: await add_shops(on, f"of-{merchants}", [f"{on.origin(n)}/ok/callbacks" for n in range(merchants)])
         for merchants in (1, MERCHANTS)
     }
     outcomes = [
-        Outcome(merchants, callbacks // merchants * merchants, carrier) for merchants in shops for carrier in carriers
+        Outcome(merchants, workers, callbacks // merchants * merchants, carrier)
+        for merchants, workers, carrier in product(shops, WORKERS, carriers)
     ]
     done = progress.add_task("turns", total=turns * len(outcomes))
     for _ in range(turns):
@@ -96,10 +102,12 @@ async def _take_turn(on: Scene, shops: Sequence[Shop], outcome: Outcome, progres
     await on.forget()
     bare, bare_cost = await _post_bare(on, event_ids)
     await on.forget()
-    async with on.worker(carrier=outcome.carrier):
+    names = [f"callbacks-{number}" for number in range(1, outcome.workers + 1)]
+    async with on.running(*names, carrier=outcome.carrier):
         before = await on.usage()
         ours = await _until_recorded(on, len(event_ids))
         costs = (await on.usage()).since(before, callbacks).cpu_us
+    costs[_WORKERS] = sum(costs[name] for name in names)
     return Run(bare, ours, bare_cost, costs, await _count_differing(on, event_ids))
 
 
@@ -167,7 +175,8 @@ async def _count_differing(on: Scene, event_ids: Sequence[UUID]) -> int:
 
 
 def _name(case: dict[str, Any]) -> str:
-    return f"{case['callbacks']:,} to {case['merchants']:,}, {case['carrier']}"
+    workers = case["workers"]
+    return f"{case['callbacks']:,} to {case['merchants']:,}, {workers} worker{'s' if workers > 1 else ''}, {case['carrier']}"
 
 
 def render(found: dict[str, Any]) -> Sequence[Table]:
@@ -175,7 +184,7 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
     title = f"delivered and recorded callbacks per second; the goal is {found['goal']:g} of the bare client"
     rates = Table("callbacks", "bare client", "ours", "ratio", "of each turn", "records", title=title)
     costs = Table(
-        "callbacks", "bare client", "worker", "ratio", "database", title="processor time of each, microseconds"
+        "callbacks", "bare client", "workers", "ratio", "database", title="processor time of each, microseconds"
     )
     for case in found["cases"]:
         name, ratios, cost = _name(case), case["ratios"], case["costs_us"]
@@ -187,8 +196,8 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
             " ".join(f"{ratio:.2f}" for ratio in ratios),
             "as received" if not case["differing"] else f"{case['differing']:,} differ",
         )
-        worker = cost["callbacks"]
-        figures = (case["bare_cost_us"], worker, case["bare_cost_us"] / worker, cost[database.NAME])
+        workers = cost[_WORKERS]
+        figures = (case["bare_cost_us"], workers, case["bare_cost_us"] / workers, cost[database.NAME])
         costs.add_row(name, *(f"{figure:.{2 if figure < 1 else 0}f}" for figure in figures))
     return rates, costs
 
