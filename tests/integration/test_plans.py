@@ -451,8 +451,7 @@ async def test_sessions_that_began_on_an_empty_database_read_no_more_when_there_
         shop = (await working.merchant()).shop
         for _ in range(16):
             for tx in (accepting, settling):
-                await tx.execute(text("SELECT pg_stat_force_next_flush()"))
-                await tx.commit()
+                await _end_counting(tx)
             orders = [order(working.settings, shop, callback_url="http://127.0.0.1:9/") for _ in range(BATCH)]
             await decide_batch(accepting, orders, wait_seconds=LOCK_WAIT_SECONDS)
             accepted = await _rows_read(accepting)
@@ -467,6 +466,40 @@ async def test_sessions_that_began_on_an_empty_database_read_no_more_when_there_
             await settling.commit()
             assert max(accepted.values()) <= 50 * BATCH, accepted
             assert max(settled.values()) <= 50 * BATCH, settled
+
+
+async def test_a_payout_that_is_sent_and_paid_leaves_the_indexes_alone(database_url: str) -> None:
+    """What changes of it, and of its attempt, finds room beside what was there: HOT updates, all of them."""
+    async with desk(database_url) as working, working.worker.connect() as tx:
+        merchant = await working.merchant()
+        for _ in range(4):
+            await working.create_many(merchant, BATCH)
+            _, calls = await claim_calls(
+                tx, claim=_claim(), after_shop=FIRST_SHOP, busy=Counter(), lag_seconds=0.0, start_until=math.inf
+            )
+            assert await _updates(tx) == {"payouts": (BATCH, BATCH)}
+            await _end_counting(tx)
+            answers = [Ended(call, Answer(Outcome.PAID)) for call in calls]
+            await record_answers(tx, answers, wait_seconds=LOCK_WAIT_SECONDS)
+            assert await _updates(tx) == {"payouts": (BATCH, BATCH), "payout_attempts": (BATCH, BATCH)}
+            await _end_counting(tx)
+
+
+async def _end_counting(tx: Tx) -> None:
+    """Commit; what this session does next is counted from nothing."""
+    await tx.execute(text("SELECT pg_stat_force_next_flush()"))
+    await tx.commit()
+
+
+async def _updates(tx: Tx) -> dict[str, tuple[int, int]]:
+    """How many payouts and attempts this transaction has changed, and how many of them without a change of an index."""
+    updates = await tx.execute(
+        text(
+            "SELECT relname, n_tup_upd, n_tup_hot_upd FROM pg_stat_xact_user_tables"
+            " WHERE relname IN ('payouts', 'payout_attempts') AND n_tup_upd > 0"
+        )
+    )
+    return {row.relname: (row.n_tup_upd, row.n_tup_hot_upd) for row in updates}
 
 
 async def _assert_read_few(tx: Tx) -> None:
