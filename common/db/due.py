@@ -15,7 +15,8 @@ from sqlalchemy import text
 from common.db.engine import Tx, arrays_of
 
 # Visits shops that have rows, a few at a time and in turn, and takes the oldest due of each: one merchant's flood is one
-# shop among the others. Loose index scan over (rail, shop_id, due_at).
+# shop among the others. Loose index scan over (rail, shop_id, due_at). What was picked is changed where it stands: a join by
+# its key would be one by the whole table where the planner takes the table for small.
 _CLAIM_DUE = text(
     """
     WITH RECURSIVE turn AS (
@@ -29,9 +30,9 @@ _CLAIM_DUE = text(
     busy AS (
       SELECT * FROM unnest(CAST(:busy_shops AS uuid[]), CAST(:busy_counts AS int[])) AS b (shop_id, calls)),
     picked AS (
-      SELECT p.payout_id, p.shop_id, turn.n FROM turn LEFT JOIN busy ON busy.shop_id = turn.shop_id
+      SELECT p.place FROM turn LEFT JOIN busy ON busy.shop_id = turn.shop_id
        CROSS JOIN LATERAL (
-         SELECT d.payout_id, d.shop_id FROM payout_due d
+         SELECT d.ctid AS place FROM payout_due d
           WHERE d.rail = :rail AND d.shop_id = turn.shop_id
             AND d.due_at <= now() - make_interval(secs => CAST(:overdue_seconds AS float8))
           ORDER BY d.due_at LIMIT greatest(CAST(:shop_max AS int) - coalesce(busy.calls, 0), 0)
@@ -40,7 +41,7 @@ _CLAIM_DUE = text(
     claimed AS (
       UPDATE payout_due d
          SET lease_token = CAST(:token AS uuid), due_at = now() + make_interval(secs => CAST(:lease_seconds AS float8))
-        FROM picked WHERE d.payout_id = picked.payout_id AND d.shop_id = picked.shop_id
+        FROM picked WHERE d.ctid = picked.place
       RETURNING d.payout_id, d.shop_id)
     SELECT claimed.payout_id, claimed.shop_id, visited.shop_id AS visited, visited.n AS visits
       FROM (SELECT shop_id, n FROM turn ORDER BY n DESC LIMIT 1) visited LEFT JOIN claimed ON true
@@ -55,19 +56,19 @@ _CLAIM_DUE_IDS = text(
     WITH busy AS (
       SELECT * FROM unnest(CAST(:busy_shops AS uuid[]), CAST(:busy_counts AS int[])) AS b (shop_id, calls)),
     locked AS (
-      SELECT d.payout_id, d.shop_id FROM (SELECT DISTINCT unnest(CAST(:ids AS uuid[])) AS id ORDER BY 1) w
+      SELECT d.place, d.shop_id FROM (SELECT DISTINCT unnest(CAST(:ids AS uuid[])) AS id ORDER BY 1) w
        CROSS JOIN LATERAL (
-         SELECT payout_id, shop_id FROM payout_due
+         SELECT ctid AS place, shop_id FROM payout_due
           WHERE payout_id = w.id AND rail || '' = :rail AND due_at <= now() LIMIT 1 FOR UPDATE SKIP LOCKED) d),
     ranked AS (
-      SELECT l.payout_id, l.shop_id, coalesce(busy.calls, 0) + row_number() OVER (PARTITION BY l.shop_id) AS place
+      SELECT l.place, coalesce(busy.calls, 0) + row_number() OVER (PARTITION BY l.shop_id) AS number
         FROM locked l LEFT JOIN busy ON busy.shop_id = l.shop_id),
     picked AS (
-      SELECT payout_id, shop_id FROM ranked WHERE place <= CAST(:shop_max AS int) LIMIT CAST(:claim_max AS int)),
+      SELECT place FROM ranked WHERE number <= CAST(:shop_max AS int) LIMIT CAST(:claim_max AS int)),
     leased AS (
       UPDATE payout_due d
          SET lease_token = CAST(:token AS uuid), due_at = now() + make_interval(secs => CAST(:lease_seconds AS float8))
-        FROM picked WHERE d.payout_id = picked.payout_id AND d.shop_id = picked.shop_id
+        FROM picked WHERE d.ctid = picked.place
       RETURNING d.payout_id, d.shop_id)
     SELECT due.n, leased.payout_id, leased.shop_id FROM (SELECT count(*) AS n FROM ranked) due LEFT JOIN leased ON true
     """
@@ -107,7 +108,10 @@ _FINISH_ATTEMPTS = text(
     UPDATE payout_attempts a SET finished_at = now(), outcome = f.outcome, detail = left(f.detail, 200)
       FROM unnest(CAST(:payout_id AS uuid[]), CAST(:shop_id AS uuid[]), CAST(:attempt_no AS int[]),
                   CAST(:outcome AS text[]), CAST(:detail AS text[])) AS f (payout_id, shop_id, attempt_no, outcome, detail)
-     WHERE a.payout_id = f.payout_id AND a.shop_id = f.shop_id AND a.attempt_no = f.attempt_no
+     CROSS JOIN LATERAL (
+       SELECT ctid AS place FROM payout_attempts
+        WHERE payout_id = f.payout_id AND shop_id = f.shop_id AND attempt_no = f.attempt_no LIMIT 1) made
+     WHERE a.ctid = made.place
        AND (a.finished_at IS NULL OR a.outcome = 'unknown' AND f.outcome <> 'unknown')
     """
 )
@@ -143,11 +147,10 @@ _RESCHEDULE_DUE = text(
        SET lease_token = NULL, due_at = now() + make_interval(secs => r.delay_seconds),
            verifying_since = CASE WHEN d.payout_id = ANY (CAST(:verifying AS uuid[]))
                                   THEN coalesce(d.verifying_since, now()) END
-      FROM (SELECT found.payout_id, found.shop_id, w.delay_seconds
-              FROM unnest(CAST(:ids AS uuid[]), CAST(:delays AS float8[])) AS w (id, delay_seconds)
-             CROSS JOIN LATERAL (
-               SELECT payout_id, shop_id FROM payout_due WHERE payout_id = w.id LIMIT 1) found) r
-     WHERE d.payout_id = r.payout_id AND d.shop_id = r.shop_id
+      FROM unnest(CAST(:ids AS uuid[]), CAST(:delays AS float8[])) AS r (id, delay_seconds)
+     CROSS JOIN LATERAL (
+       SELECT ctid AS place FROM payout_due WHERE payout_id = r.id LIMIT 1) waiting
+     WHERE d.ctid = waiting.place
     """
 )
 
@@ -345,7 +348,7 @@ async def append_attempts(tx: Tx, attempts: Sequence[NewAttempt]) -> None:
 
 
 async def finish_attempts(tx: Tx, attempts: Sequence[FinishedAttempt]) -> None:
-    """Write down how calls ended. Repeat: the first outcome of an attempt stands."""
+    """Write down how calls ended. The caller holds the payouts. Repeat: the first outcome of an attempt stands."""
     if attempts:
         await tx.execute(_FINISH_ATTEMPTS, arrays_of(attempts, FinishedAttempt))
 

@@ -232,6 +232,7 @@ class Move:
         return self.payout.version + 1
 
 
+# The caller holds the rows, so they stay where they are found.
 _SAVE_MOVES = text(
     """
     WITH moved AS (
@@ -255,7 +256,8 @@ _SAVE_MOVES = text(
            resolution_seq = coalesce(p.resolution_seq, m.seq),
            return_seq = CASE WHEN m.state = 'refunded' THEN m.seq END, updated_at = now(),
            finalized_at = coalesce(p.finalized_at, CASE WHEN m.seq IS NOT NULL THEN now() END)
-      FROM moved m WHERE p.id = m.id AND p.shop_id = m.shop_id
+      FROM moved m CROSS JOIN LATERAL (SELECT ctid AS place FROM payouts WHERE id = m.id LIMIT 1) held
+     WHERE p.ctid = held.place
     """
 )
 

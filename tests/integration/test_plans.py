@@ -56,7 +56,7 @@ from common.db.resolutions import count_doubts, list_waiting
 from common.db.sealed import COLUMNS, SealedValue, count_sealed, find_sealed_otherwise, save_sealed_anew
 from common.db.stuck import TooOld, find_stuck
 from common.db.webhook_secrets import find_webhook_secrets
-from gateway.accept import Accepted, decide_batch
+from gateway.accept import Accepted, Order, decide_batch
 from tests.conftest import Server
 from tests.factories import Merchant, engine, execute, fetch, new_payin, order
 from tests.flows import LOCK_WAIT_SECONDS, Desk, cloned, desk, forge, take_callbacks
@@ -466,6 +466,41 @@ async def test_sessions_that_began_on_an_empty_database_read_no_more_when_there_
             await settling.commit()
             assert max(accepted.values()) <= 50 * BATCH, accepted
             assert max(settled.values()) <= 50 * BATCH, settled
+
+
+@pytest.mark.parametrize("shops", [1, BATCH])
+async def test_tables_that_were_nearly_empty_when_they_were_looked_at_are_not_read_from_end_to_end(
+    server: Server, database_url: str, shops: int
+) -> None:
+    """What has come since is unknown to the planner, to which reading a row or two costs as much as a look-up."""
+    async with desk(database_url) as working:
+        merchants = [await working.merchant(webhook_url="http://127.0.0.1:9/") for _ in range(shops)]
+        orders: list[Order] = []
+        for _ in range(17):
+            await working.accept(*orders)
+            orders = [order(working.settings, merchants[n % shops].shop) for n in range(BATCH)]
+        await forge(
+            server,
+            database_url,
+            f"UPDATE pg_class SET (relpages, reltuples) = (100, 1) WHERE {_WATCHED} AND relkind = 'r'",
+        )
+        async with working.gateway.connect() as tx:
+            await _end_counting(tx)
+            await decide_batch(tx, orders, wait_seconds=LOCK_WAIT_SECONDS)
+            await _assert_read_few(tx)
+            await tx.commit()
+        for payout_ids in (None, [item.id for item in orders]):
+            async with working.worker.connect() as tx:
+                await _end_counting(tx)
+                _, calls = await claim_calls(
+                    tx, claim=_claim(), after_shop=FIRST_SHOP, busy=Counter(), lag_seconds=0.0, start_until=math.inf,
+                    payout_ids=payout_ids,
+                )  # fmt: skip
+                answers = [Ended(call, Answer(Outcome.PAID)) for call in calls[: BATCH // 2]]
+                answers += [Ended(call, Answer(Outcome.UNKNOWN)) for call in calls[BATCH // 2 :]]
+                await record_answers(tx, answers, wait_seconds=LOCK_WAIT_SECONDS)
+                assert len(answers) == BATCH
+                await _assert_read_few(tx)
 
 
 async def test_a_payout_that_is_sent_and_paid_leaves_the_indexes_alone(database_url: str) -> None:
