@@ -16,7 +16,9 @@ from common.db.engine import Tx, arrays_of
 
 # Visits shops that have rows, a few at a time and in turn, and takes the oldest due of each: one merchant's flood is one
 # shop among the others. Loose index scan over (rail, shop_id, due_at). What was picked is changed where it stands: a join by
-# its key would be one by the whole table where the planner takes the table for small.
+# its key would be one by the whole table where the planner takes the table for small. A row that somebody has written since
+# this statement began is locked where it stands now, and what stands there cannot be seen yet (PostgreSQL, "Read Committed"):
+# it is left to the next claim.
 _CLAIM_DUE = text(
     """
     WITH RECURSIVE turn AS (
@@ -348,7 +350,10 @@ async def append_attempts(tx: Tx, attempts: Sequence[NewAttempt]) -> None:
 
 
 async def finish_attempts(tx: Tx, attempts: Sequence[FinishedAttempt]) -> None:
-    """Write down how calls ended. The caller holds the payouts. Repeat: the first outcome of an attempt stands."""
+    """Write down how calls ended. Repeat: the first outcome of an attempt stands.
+
+    Locks: the caller holds the payouts, and by them their attempts.
+    """
     if attempts:
         await tx.execute(_FINISH_ATTEMPTS, arrays_of(attempts, FinishedAttempt))
 
@@ -412,7 +417,10 @@ async def delete_due(tx: Tx, payout_ids: Collection[UUID]) -> None:
 async def reschedule_due(
     tx: Tx, delays_seconds: Mapping[UUID, float], *, verifying: Collection[UUID] = frozenset()
 ) -> None:
-    """Give payouts back, to be due again after that many seconds; those that are verifying wait for people as well."""
+    """Give payouts back, to be due again after that many seconds; those that are verifying wait for people as well.
+
+    Locks: the caller holds the due rows.
+    """
     if delays_seconds:
         values = {"ids": list(delays_seconds), "delays": list(delays_seconds.values()), "verifying": list(verifying)}
         await tx.execute(_RESCHEDULE_DUE, values)

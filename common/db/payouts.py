@@ -16,6 +16,7 @@ from common.db.engine import Tx
 from common.db.tables import payout_moves, payouts
 from common.domain.ledger import Entry
 from common.domain.payout import State
+from common.errors import InvariantViolated
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +233,7 @@ class Move:
         return self.payout.version + 1
 
 
-# The caller holds the rows, so they stay where they are found.
+# The caller holds the rows, so they stay where this statement finds them.
 _SAVE_MOVES = text(
     """
     WITH moved AS (
@@ -256,7 +257,8 @@ _SAVE_MOVES = text(
            resolution_seq = coalesce(p.resolution_seq, m.seq),
            return_seq = CASE WHEN m.state = 'refunded' THEN m.seq END, updated_at = now(),
            finalized_at = coalesce(p.finalized_at, CASE WHEN m.seq IS NOT NULL THEN now() END)
-      FROM moved m CROSS JOIN LATERAL (SELECT ctid AS place FROM payouts WHERE id = m.id LIMIT 1) held
+      FROM moved m CROSS JOIN LATERAL (
+        SELECT ctid AS place FROM payouts WHERE id = m.id AND shop_id IS NOT DISTINCT FROM m.shop_id LIMIT 1) held
      WHERE p.ctid = held.place
     """
 )
@@ -266,6 +268,7 @@ async def save_moves(tx: Tx, moves: Sequence[Move]) -> None:
     """Give payouts their next state, together with the entries of those that end or come back.
 
     Locks: the caller holds the payouts, and the accounts of those that end.
+    Raises: `InvariantViolated` when a payout was not held, and had gone from where it was found.
     """
     if not moves:
         return
@@ -286,7 +289,8 @@ async def save_moves(tx: Tx, moves: Sequence[Move]) -> None:
         "held_after_minor",
     ):
         arrays[name] = [None if move.entry is None else getattr(move.entry, name) for move in moves]
-    await tx.execute(_SAVE_MOVES, arrays)
+    if (await tx.execute(_SAVE_MOVES, arrays)).rowcount != len(moves):
+        raise InvariantViolated
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,15 @@ may stay beside the old one and leave the indexes alone (PostgreSQL, "Heap-Only 
 is filled by less than half always has it, since the next change of a row clears away the one before; what took that room until
 now were copies on other pages. Pages that are there already are as full as they were.
 
-That an attempt is finished was in an index, which kept two from being open. A guard does so now: an attempt follows the one
-before it, so it sees all that came before, and nobody opens one again.
+That an attempt is finished was in an index, which kept two from being open. A guard does so now, whoever comes at the same
+time: of two attempts with the same number the key refuses one, and one with the next number is refused until the attempt before
+it is committed (`payout_attempts_submit_once`). So whoever adds an attempt sees all that came before it; those stay, under
+their numbers, and nobody opens one again.
 
 Statements that have parameters, a function's variables among them, are planned at each call otherwise.
 
-Old code runs on it.
+Old code runs on it. No table is read or written anew, however much is in it: the migration waits for those that are writing
+attempts, and whoever comes meanwhile waits for it.
 """
 
 from alembic import op
@@ -23,7 +26,7 @@ depends_on = None
 ROW_BY_ROW = ("enable_hashjoin", "enable_mergejoin", "enable_material", "enable_seqscan")
 
 GUARDS = [
-    # All at once: whoever has read of it and is about to write is waited for here.
+    # Whoever has read of it and is about to write is waited for here.
     "LOCK TABLE payout_attempts IN ACCESS EXCLUSIVE MODE",
     f"""
     CREATE FUNCTION payout_attempts_one_open_per_payout() RETURNS trigger
@@ -46,6 +49,10 @@ GUARDS = [
       FOR EACH STATEMENT EXECUTE FUNCTION payout_attempts_one_open_per_payout()
     """,
     "REVOKE ALL ON FUNCTION payout_attempts_one_open_per_payout() FROM PUBLIC",
+    """
+    CREATE TRIGGER payout_attempts_stay BEFORE UPDATE OF payout_id, shop_id, attempt_no OR DELETE ON payout_attempts
+      FOR EACH ROW EXECUTE FUNCTION refuse_change()
+    """,
     "DROP INDEX payout_attempts_one_open_per_payout",
 ]
 
@@ -62,6 +69,6 @@ PLANNED_ONCE = [
 
 
 def upgrade() -> None:
-    """Change them."""
-    for statement in GUARDS + ROOM + PLANNED_ONCE:
+    """Change them; what others wait for comes last."""
+    for statement in PLANNED_ONCE + ROOM + GUARDS:
         op.execute(statement)

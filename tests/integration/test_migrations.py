@@ -164,6 +164,24 @@ async def test_functions_that_act_as_the_owner_look_nowhere_else_and_are_for_tho
         assert not re.search(r"[{,]=", function["acl"]), f"everybody may execute {function['name']}"
 
 
+async def test_guards_of_what_grows_join_no_table_but_row_by_row(database_url: str) -> None:
+    guards = await _ask(
+        database_url,
+        "SELECT proname AS name, prosrc AS source FROM pg_proc WHERE prorettype = 'trigger'::regtype"
+        " AND 'enable_seqscan=off' = ANY (proconfig)",
+    )
+    assert len(guards) >= 15
+    assert [guard["name"] for guard in guards if re.search(r"\bJOIN\s+(?!LATERAL\b)", guard["source"])] == []
+
+
+async def test_tables_whose_rows_are_changed_where_they_stand_are_one_table_each(database_url: str) -> None:
+    """A place (`ctid`) is one in a table: of a partitioned table each partition has it."""
+    tables = (
+        "SELECT relname FROM pg_class WHERE relkind = 'r' AND relname IN ('payouts', 'payout_due', 'payout_attempts')"
+    )
+    assert len(await _ask(database_url, tables)) == 3
+
+
 async def test_a_lock_that_is_not_to_be_had_stops_the_migration_and_leaves_nothing(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

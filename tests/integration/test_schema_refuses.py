@@ -259,7 +259,7 @@ _RAIL_EVENT = "INSERT INTO rail_events (rail, event_id, reference, outcome) VALU
 
 def _attempt(payout: str, attempt_no: int, action: str, *, reference: str = "t.reference", outcome: str | None) -> str:
     """The next attempt of a payout that has one; finished when there is an outcome."""
-    ended = "NULL, NULL" if outcome is None else f"now(), '{outcome}'"
+    ended = "NULL::timestamptz, NULL::text" if outcome is None else f"now(), '{outcome}'"
     return (
         "INSERT INTO payout_attempts (payout_id, shop_id, attempt_no, action, rail, reference, finished_at, outcome)"
         f" SELECT t.payout_id, t.shop_id, {attempt_no}, '{action}', t.rail, {reference}, {ended}"
@@ -455,6 +455,15 @@ CASES: list[tuple[str, str, str, tuple[str, ...]]] = [
         _attempt("{verifying}", 3, "submit", outcome=None))),
     ("a second open attempt", WORKER, "payout_attempts_one_open_per_payout", (
         _attempt("{sending}", 2, "look_up", outcome=None),)),
+    ("a second open attempt after one that ended", WORKER, "payout_attempts_one_open_per_payout", (
+        _attempt("{verifying}", 2, "look_up", outcome=None), _attempt("{verifying}", 3, "look_up", outcome=None))),
+    ("two open attempts in one statement", WORKER, "payout_attempts_one_open_per_payout", (
+        _attempt("{verifying}", 2, "look_up", outcome=None) + " UNION ALL"
+        + _attempt("{verifying}", 3, "look_up", outcome=None).partition(")")[2],)),
+    *((f"an attempt is moved: {change}", OWNER, "payout_attempts_stay", (
+        f"UPDATE payout_attempts SET {change} WHERE payout_id = '{{sending}}'",))
+      for change in ("payout_id = '{verifying}'", "shop_id = '{other_shop}'", "attempt_no = 2")),
+    ("the owner forgets attempts", OWNER, "payout_attempts_stay", ("DELETE FROM payout_attempts",)),
     ("an attempt under another reference", WORKER, "payout_attempts_submit_once", (
         _attempt("{verifying}", 2, "look_up", reference="'another'", outcome=None),)),
     ("an attempt that leaves out a number", WORKER, "payout_attempts_submit_once", (
