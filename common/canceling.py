@@ -68,7 +68,7 @@ async def _expire_one(engine: Engine, payout_id: UUID) -> list[Event]:
     except Exception as error:
         get_logger().error(
             LogEvent.PAYOUT_EXPIRY_REFUSED,
-            payout=render_id(PAYOUT, payout_id),
+            payout_id=render_id(PAYOUT, payout_id),
             error=type(error).__name__,
             constraint=constraint_name(error),
         )

@@ -6,6 +6,7 @@ import logging
 import sys
 from enum import StrEnum
 from functools import cache, lru_cache
+from time import monotonic
 from typing import Any, Final
 
 import structlog
@@ -23,11 +24,13 @@ class LogEvent(StrEnum):
     PAYOUT_LEASE_EXPIRED = "payout.lease_expired"
     PAYOUT_LEASE_LOST = "payout.lease_lost"
     PAYOUT_CONTRADICTED = "payout.contradicted"
+    PAYOUT_EXPIRED = "payout.expired"
     PAYOUT_EXPIRY_REFUSED = "payout.expiry_refused"
     PAYIN_ASKED = "payin.asked"
     RAIL_CRASHED = "rail.crashed"
     RAIL_BREAKER_CLOSED = "rail.breaker_closed"
     RAIL_BREAKER_OPENED = "rail.breaker_opened"
+    RAIL_EVENT_APPLIED = "rail.event_applied"
     RAIL_EVENT_REFUSED = "rail.event_refused"
     RAIL_UNUSABLE = "rail.unusable"
     CALLBACK_ATTEMPTED = "callback.attempted"
@@ -45,6 +48,7 @@ class LogEvent(StrEnum):
     MESSAGE_CLAIMED = "message.claimed"
     TOPOLOGY_UNREPAIRED = "topology.unrepaired"
     ROUND_FAILED = "round.failed"
+    TRACING_MISSING = "tracing.missing"
     INVARIANT_BROKEN = "invariant.broken"
 
 
@@ -99,6 +103,11 @@ def get_logger() -> structlog.typing.FilteringBoundLogger:
     """The logger; call it with a `LogEvent` and named fields."""
     logger: structlog.typing.FilteringBoundLogger = _bound() if structlog.is_configured() else structlog.get_logger()
     return logger
+
+
+def since_ms(started: float) -> float:
+    """The milliseconds since a monotonic time, as lines tell them."""
+    return round((monotonic() - started) * 1000, 1)
 
 
 @cache

@@ -98,4 +98,5 @@ def _events(moves: Iterable[Move]) -> Iterable[Event]:
                 updated_at=payout.locked_at,
             ),
             url=payout.callback_url or payout.webhook_url,
+            traceparent=payout.traceparent,
         )

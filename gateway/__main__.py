@@ -13,6 +13,7 @@ from common.admin import Readiness, admin_server
 from common.log import LogEvent, configure_logging, get_logger
 from common.process import stop_requested
 from common.settings import Settings, SettingsInvalid
+from common.tracing import traced
 from gateway.app import create_app
 from gateway.server import GatewayRunner
 from migrations.run import newest_revision
@@ -48,7 +49,8 @@ def main() -> int:
         print(f"gateway: {error}", file=sys.stderr)
         return 2
     configure_logging(settings.log_format, process="gateway")
-    uvloop.run(serve(settings))
+    with traced(os.environ, "gateway"):
+        uvloop.run(serve(settings))
     return 0
 
 

@@ -353,5 +353,6 @@ def _stored(order: Order, hold: Entry) -> NewPayout:
         details=order.details_json,
         rail=order.shop.rail,
         expires_at=order.expires_at,
+        traceparent=order.traceparent,
         hold=hold,
     )

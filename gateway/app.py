@@ -7,15 +7,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from http import HTTPStatus
 from typing import Final
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import structlog
 from aiohttp import web
 
+from common import tracing
 from common.admin import Readiness, livez, readyz
-from common.db.callbacks import Event, ids_to_tell
+from common.db.callbacks import Event, ids_to_tell, traceparents_of
 from common.db.engine import close_engine, create_engine
+from common.domain.ids import PAYOUT, render_id
 from common.domain.times import render_time
 from common.errors import (
     BodyTooLarge,
@@ -51,8 +54,10 @@ from gateway.keys import (
     RAIL_SECRETS,
     READINESS,
     SETTINGS,
+    SPAN,
     TELL_CALLBACKS,
 )
+from gateway.log import SUBJECT, Subject, log_request
 from gateway.payins import create_payin, show_payin
 from gateway.payouts import cancel_payout, create_payout, list_payout_events, show_payout
 from gateway.rails import receive_event
@@ -145,7 +150,7 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
             engine,
             slots=max(1, read_pool // 2),
             busy_seconds_max=settings.database_lock_timeout_seconds,
-            tell=partial(_tell_events, app[TELL_CALLBACKS]),
+            tell=partial(_tell_events, publisher) if settings.amqp_urls else lambda _: None,
         )
         # The broker may come later, or never: accepting does not need it.
         links = [Link("publish", settings.amqp_urls, publisher.session)] if settings.amqp_urls else []
@@ -165,14 +170,14 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
 
 
 def _tell(publisher: Publisher, orders: Sequence[Order]) -> None:
-    """After the commit: have the payouts settled now, with the trace contexts of the requests that brought them."""
+    """After the commit: have the payouts settled now, with the contexts of those requests that are traced."""
     traceparents = [order.traceparent for order in orders if order.traceparent is not None]
     publisher.offer(Work.SETTLE, [(order.id, order.shop.id) for order in orders], traceparents)
 
 
-def _tell_events(tell: Callable[[Sequence[tuple[UUID, UUID]]], None], events: Sequence[Event]) -> None:
+def _tell_events(publisher: Publisher, events: Sequence[Event]) -> None:
     """After the commit: have the callbacks of these events sent now."""
-    tell(ids_to_tell(events))
+    publisher.offer(Work.CALLBACK, ids_to_tell(events), traceparents_of(events))
 
 
 def _guarded(endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.Response]]:
@@ -232,24 +237,38 @@ async def answer(
     started = time.monotonic()
     sent_id = request.headers.get(REQUEST_ID, "")
     request_id = sent_id if _REQUEST_ID.fullmatch(sent_id) else uuid4().hex
-    with structlog.contextvars.bound_contextvars(request_id=request_id):
-        response, reason = await _answer(request, handler, request_id)
-        response.headers[REQUEST_ID] = request_id
-        response.headers["Server"] = SERVER
-        get_logger().info(
-            LogEvent.REQUEST_ANSWERED,
-            method=request.method,
-            route=_route(request),
-            status=response.status,
-            reason=reason,
-            duration_ms=round((time.monotonic() - started) * 1000, 1),
-        )
-    return response
+    route, subject = _route(request), Subject()
+    request[SUBJECT] = subject
+    status, error = None, None
+    with (
+        structlog.contextvars.bound_contextvars(request_id=request_id),
+        _begin(request, route) as span,
+    ):
+        request[SPAN] = span
+        try:
+            response, error = await _answer(request, handler, request_id)
+            status = response.status
+            response.headers[REQUEST_ID] = request_id
+            response.headers["Server"] = SERVER
+            return response
+        finally:
+            if span.traceparent is not None:
+                _note(span, request, request_id, route, status, error)
+            log_request(
+                request_id=request_id,
+                method=request.method,
+                route=route,
+                status=status,
+                error=error,
+                subject=subject,
+                started=started,
+                trace_id=tracing.trace_id_of(span.traceparent),
+            )
 
 
 async def _answer(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]], request_id: str
-) -> tuple[web.StreamResponse, str | None]:
+) -> tuple[web.StreamResponse, PayoutsError | None]:
     headers = {}
     try:
         return await handler(request), None
@@ -267,7 +286,39 @@ async def _answer(
     if not request.content.is_eof():
         # Whatever of the body is still under way would be taken for the next request.
         response.force_close()
-    return response, error.reason
+    return response, error
+
+
+def _begin(request: web.Request, route: str) -> tracing.Span:
+    """The span of a request to the API; what asks how we are is not traced."""
+    if not route.startswith(PREFIX):
+        return tracing.NO_SPAN
+    return tracing.begin(f"{request.method} {route}", caller=request.headers.get("traceparent"))
+
+
+def _note(
+    span: tracing.Span,
+    request: web.Request,
+    request_id: str,
+    route: str,
+    status: int | None,
+    error: PayoutsError | None,
+) -> None:
+    """What a request's span says of it."""
+    subject = request[SUBJECT]
+    span.note(
+        {
+            "http.request.method": request.method,
+            "http.route": route,
+            "http.response.status_code": status,
+            "payouts.request_id": request_id,
+            "payouts.shop_id": None if subject.shop_id is None else str(subject.shop_id),
+            "payouts.payout_id": None if subject.payout_id is None else render_id(PAYOUT, subject.payout_id),
+            "payouts.reason": None if error is None else error.reason,
+        }
+    )
+    if error is not None and status is not None and status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        span.fail(error.reason)
 
 
 def _route(request: web.Request) -> str:

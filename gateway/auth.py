@@ -31,6 +31,7 @@ from common.errors import (
 )
 from common.log import LogEvent, get_logger
 from common.sealing import API_KEY_PURPOSE, RAIL_SECRET_PURPOSE, Keyring, SealBroken
+from gateway.log import SUBJECT
 
 # Entries each cache may hold; unknown keys and shops are cached too, so that asking for them costs no more.
 _CACHE_MAX: Final = 10_000
@@ -142,15 +143,17 @@ class Authenticator:
         if live.key.allowed_networks is not None and not _within(request.remote, live.key.allowed_networks):
             raise AccessDenied
         self._rates.count(live.key.id, now=self._clock())
+        request[SUBJECT].merchant_id = live.key.merchant_id
         return Caller(live.key.merchant_id, live.key)
 
-    async def resolve_shop(self, caller: Caller, code: str | None) -> Shop:
-        """The caller's active shop of that code, or its default one.
+    async def resolve_shop(self, request: web.Request, caller: Caller, code: str | None) -> Shop:
+        """The caller's active shop of that code, or its default one: what the request is about.
 
         Raises: `ShopNotFound`, `DefaultShopMissing`, `DatabaseUnavailable`.
         """
         shop = await self._find_shop(caller.merchant_id, code)
         if shop is not None and (not caller.key.shop_ids or shop.id in caller.key.shop_ids):
+            request[SUBJECT].shop_id = shop.id
             return shop
         if code is None:
             raise DefaultShopMissing

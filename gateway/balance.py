@@ -15,7 +15,7 @@ from gateway.schemas import read_query
 
 async def show_balance(request: web.Request, caller: Caller, _body: bytes) -> web.Response:
     """`GET /balance`: what the resolved shop may spend and what its unfinished payouts hold, of one moment."""
-    shop = await request.app[AUTHENTICATOR].resolve_shop(caller, read_query(request, "shop_code"))
+    shop = await request.app[AUTHENTICATOR].resolve_shop(request, caller, read_query(request, "shop_code"))
     if (read_query(request, "currency") or shop.currency) != shop.currency:
         raise ShopCurrencyMismatch(shop.currency)
     balance = await in_transaction(

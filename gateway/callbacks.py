@@ -31,6 +31,7 @@ from common.errors import (
 from gateway.auth import Caller
 from gateway.errors import json_response
 from gateway.keys import AUTHENTICATOR, ENGINE, TELL_CALLBACKS
+from gateway.log import SUBJECT
 from gateway.schemas import parse_json_object, read_query
 
 ATTEMPTS_SHOWN_MAX: Final = 100
@@ -63,7 +64,7 @@ async def list_payout_callbacks(request: web.Request, caller: Caller, _body: byt
     shop, external_id = await _resolve(request, caller)
 
     async def work(tx: Tx) -> list[ToldCallback]:
-        return await _find_callbacks(tx, shop, external_id)
+        return await _find_callbacks(tx, request, shop, external_id)
 
     return await _list(request, work)
 
@@ -76,6 +77,7 @@ async def list_payin_callbacks(request: web.Request, caller: Caller, _body: byte
         payin = None if "\x00" in external_id else await find_payin(tx, shop.id, external_id)
         if payin is None:
             raise PayinNotFound
+        request[SUBJECT].payin_id = payin.id
         return await find_payin_callbacks(tx, payin.id, shop.id, attempts_max=ATTEMPTS_SHOWN_MAX)
 
     return await _list(request, work)
@@ -91,11 +93,11 @@ async def resend_payout_callback(request: web.Request, caller: Caller, body: byt
     shop, external_id = await _resolve(request, caller)
 
     async def work(tx: Tx) -> ToldCallback:
-        callbacks = await _find_callbacks(tx, shop, external_id)
+        callbacks = await _find_callbacks(tx, request, shop, external_id)
         callback = _choose(callbacks, asked)
         if callback.called_lately or not await resend_callback(tx, callback.event_id):
             raise CallbackInProgress
-        return _choose(await _find_callbacks(tx, shop, external_id), render_id(EVENT, callback.event_id))
+        return _choose(await _find_callbacks(tx, request, shop, external_id), render_id(EVENT, callback.event_id))
 
     callback = await in_transaction(request.app[ENGINE], work)
     request.app[TELL_CALLBACKS]([(callback.event_id, shop.id)])
@@ -104,7 +106,7 @@ async def resend_payout_callback(request: web.Request, caller: Caller, body: byt
 
 async def _resolve(request: web.Request, caller: Caller) -> tuple[Shop, str]:
     """The shop that a look-up is about, and the merchant's own id."""
-    shop = await request.app[AUTHENTICATOR].resolve_shop(caller, read_query(request, "shop_code"))
+    shop = await request.app[AUTHENTICATOR].resolve_shop(request, caller, read_query(request, "shop_code"))
     return shop, request.match_info["external_id"]
 
 
@@ -113,11 +115,12 @@ async def _list(request: web.Request, work: Callable[[Tx], Awaitable[list[ToldCa
     return json_response({"data": [render_callback(callback) for callback in callbacks]})
 
 
-async def _find_callbacks(tx: Tx, shop: Shop, external_id: str) -> list[ToldCallback]:
+async def _find_callbacks(tx: Tx, request: web.Request, shop: Shop, external_id: str) -> list[ToldCallback]:
     """Raises: `PayoutNotFound`."""
     payout = None if "\x00" in external_id else await find_payout(tx, shop.id, external_id)
     if payout is None:
         raise PayoutNotFound
+    request[SUBJECT].payout_id = payout.id
     return await find_callbacks(tx, payout.id, shop.id, attempts_max=ATTEMPTS_SHOWN_MAX)
 
 

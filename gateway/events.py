@@ -50,7 +50,7 @@ async def list_events(request: web.Request, caller: Caller, _body: bytes) -> web
     A page has at most `limit` events, and may have fewer, even none, where `has_more` says that it goes on.
     """
     query = parse_feed_query(request)
-    shop = await request.app[AUTHENTICATOR].resolve_shop(caller, query.shop_code)
+    shop = await request.app[AUTHENTICATOR].resolve_shop(request, caller, query.shop_code)
     after = FEED_BEGIN if query.after is None else parse_cursor(query.after, shop.id)
     events = await in_transaction(
         request.app[ENGINE],

@@ -9,6 +9,7 @@ from common.admin import Readiness
 from common.db.engine import Engine
 from common.sealing import Keyring
 from common.settings import Settings
+from common.tracing import Span
 from gateway.accept import Acceptor
 from gateway.auth import Authenticator, RailSecrets
 from gateway.cancel import Canceler
@@ -23,3 +24,5 @@ CANCELER = web.AppKey("CANCELER", Canceler)
 ACCEPTOR = web.AppKey("ACCEPTOR", Acceptor)
 # Hears after the commit of the events, with their shops, whose callbacks are due.
 TELL_CALLBACKS = web.AppKey[Callable[[Sequence[tuple[UUID, UUID]]], None]]("TELL_CALLBACKS")
+# A request's place in its trace.
+SPAN = web.RequestKey("SPAN", Span)

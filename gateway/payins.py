@@ -14,6 +14,7 @@ from common.settings import Settings
 from gateway.auth import Caller
 from gateway.errors import json_response
 from gateway.keys import AUTHENTICATOR, ENGINE, KEYRING, SETTINGS
+from gateway.log import SUBJECT
 from gateway.schemas import CreatePayin, parse_create_payin, read_query, render_payin
 from gateway.terms import digest_payment_data, judge_terms
 
@@ -26,7 +27,7 @@ async def create_payin(request: web.Request, caller: Caller, body: bytes) -> web
     app = request.app
     settings = app[SETTINGS]
     create = parse_create_payin(body, private_callbacks=settings.callback_private_addresses)
-    shop = await app[AUTHENTICATOR].resolve_shop(caller, create.shop_code)
+    shop = await app[AUTHENTICATOR].resolve_shop(request, caller, create.shop_code)
     fresh = _new_payin(create, shop, settings, app[KEYRING])
 
     async def work(tx: Tx) -> Payin:
@@ -43,6 +44,7 @@ async def create_payin(request: web.Request, caller: Caller, body: bytes) -> web
     differing = _differing_fields(fresh, payin)
     if differing:
         raise ExternalIdReused(differing)
+    request[SUBJECT].payin_id = payin.id
     replayed = payin.id != fresh.id
     return json_response(
         render_payin(payin, shop),
@@ -53,7 +55,7 @@ async def create_payin(request: web.Request, caller: Caller, body: bytes) -> web
 
 async def show_payin(request: web.Request, caller: Caller, _body: bytes) -> web.Response:
     """`GET /payins/{external_id}`: the payin as it is now, in the scope of the resolved shop."""
-    shop = await request.app[AUTHENTICATOR].resolve_shop(caller, read_query(request, "shop_code"))
+    shop = await request.app[AUTHENTICATOR].resolve_shop(request, caller, read_query(request, "shop_code"))
     external_id = request.match_info["external_id"]
     payin = None
     if "\x00" not in external_id:
@@ -62,6 +64,7 @@ async def show_payin(request: web.Request, caller: Caller, _body: bytes) -> web.
         )
     if payin is None:
         raise PayinNotFound
+    request[SUBJECT].payin_id = payin.id
     return json_response(render_payin(payin, shop))
 
 

@@ -1,8 +1,6 @@
 """`POST /payouts`, and one payout: looked up, canceled, its history."""
 
-import re
 import time
-from typing import Final
 
 from aiohttp import web
 
@@ -18,11 +16,10 @@ from common.settings import Settings
 from gateway.accept import Order
 from gateway.auth import Caller
 from gateway.errors import json_response
-from gateway.keys import ACCEPTOR, AUTHENTICATOR, CANCELER, ENGINE, KEYRING, SETTINGS
+from gateway.keys import ACCEPTOR, AUTHENTICATOR, CANCELER, ENGINE, KEYRING, SETTINGS, SPAN
+from gateway.log import SUBJECT
 from gateway.schemas import CreatePayout, parse_create_payout, read_query, render_history, render_payout
 from gateway.terms import digest_payment_data, judge_terms
-
-_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 
 
 async def create_payout(request: web.Request, caller: Caller, body: bytes) -> web.Response:
@@ -33,9 +30,10 @@ async def create_payout(request: web.Request, caller: Caller, body: bytes) -> we
     app = request.app
     settings = app[SETTINGS]
     create = parse_create_payout(body, private_callbacks=settings.callback_private_addresses)
-    shop = await app[AUTHENTICATOR].resolve_shop(caller, create.shop_code)
-    order = place_order(create, shop, settings, app[KEYRING], now=time.time(), traceparent=_traceparent(request))
+    shop = await app[AUTHENTICATOR].resolve_shop(request, caller, create.shop_code)
+    order = place_order(create, shop, settings, app[KEYRING], now=time.time(), traceparent=request[SPAN].traceparent)
     accepted = await app[ACCEPTOR].accept(order)
+    request[SUBJECT].payout_id = accepted.payout.id
     return json_response(
         render_payout(accepted.payout, shop),
         status=200 if accepted.replayed else 201,
@@ -51,6 +49,7 @@ async def show_payout(request: web.Request, caller: Caller, _body: bytes) -> web
     )
     if payout is None:
         raise PayoutNotFound
+    request[SUBJECT].payout_id = payout.id
     return json_response(render_payout(payout, shop))
 
 
@@ -60,7 +59,9 @@ async def cancel_payout(request: web.Request, caller: Caller, _body: bytes) -> w
     Repeat: 200 again. Raises: `NotCancelable` from the moment on that a worker has taken it.
     """
     shop, external_id = await _resolve(request, caller)
-    return json_response(render_payout(await request.app[CANCELER].cancel(shop.id, external_id), shop))
+    payout = await request.app[CANCELER].cancel(shop.id, external_id)
+    request[SUBJECT].payout_id = payout.id
+    return json_response(render_payout(payout, shop))
 
 
 async def list_payout_events(request: web.Request, caller: Caller, _body: bytes) -> web.Response:
@@ -74,12 +75,13 @@ async def list_payout_events(request: web.Request, caller: Caller, _body: bytes)
 
     shop, external_id = await _resolve(request, caller)
     payout, moves = await in_transaction(request.app[ENGINE], work, attempts_max=READ_ATTEMPTS_MAX)
+    request[SUBJECT].payout_id = payout.id
     return json_response({"data": render_history(payout, moves)})
 
 
 async def _resolve(request: web.Request, caller: Caller) -> tuple[Shop, str]:
     """The shop that a look-up is about, and the merchant's id of the payout."""
-    shop = await request.app[AUTHENTICATOR].resolve_shop(caller, read_query(request, "shop_code"))
+    shop = await request.app[AUTHENTICATOR].resolve_shop(request, caller, read_query(request, "shop_code"))
     external_id = request.match_info["external_id"]
     if "\x00" in external_id:
         raise PayoutNotFound
@@ -116,9 +118,3 @@ def place_order(
         expires_at=create.expires_at,
         traceparent=traceparent,
     )
-
-
-def _traceparent(request: web.Request) -> str | None:
-    """The trace context of a request, when it has one. Source: W3C Trace Context, section 3.2."""
-    sent = request.headers.get("traceparent", "")
-    return sent if _TRACEPARENT.fullmatch(sent) else None

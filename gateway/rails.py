@@ -10,6 +10,7 @@ from common.db.rail_events import NewRailEvent, append_rail_events, find_rail_ev
 from common.errors import EventIdReused, FieldError, InvalidRequest
 from gateway.errors import json_response
 from gateway.keys import ENGINE, RAIL_SECRETS
+from gateway.log import SUBJECT
 from gateway.schemas import parse_json_object
 
 # As the schema has them.
@@ -28,6 +29,7 @@ async def receive_event(request: web.Request, timestamp: str, signature: str, bo
     """
     name = request.match_info["rail"]
     await request.app[RAIL_SECRETS].check(name, request, timestamp, signature, body)
+    request[SUBJECT].rail = name
     event = parse_rail_event(name, body)
 
     async def store(tx: Tx) -> NewRailEvent | None:

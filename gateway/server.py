@@ -6,6 +6,7 @@ aiohttp answers and logs such input by repeating it; it may hold a signature or 
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from http import HTTPStatus
+from time import monotonic
 from typing import Any
 from uuid import uuid4
 
@@ -13,8 +14,8 @@ from aiohttp import web
 
 from common.domain.times import render_time
 from common.errors import InvariantViolated, PayoutsError, UnreadableRequest
-from common.log import LogEvent, get_logger
 from gateway.errors import REQUEST_ID, SERVER, render_error
+from gateway.log import Subject, log_request
 
 Handle = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -64,13 +65,5 @@ def _refuse(error: PayoutsError) -> web.Response:
     response.headers[REQUEST_ID] = request_id
     response.headers["Server"] = SERVER
     response.force_close()
-    get_logger().info(
-        LogEvent.REQUEST_ANSWERED,
-        method="-",
-        route="-",
-        status=response.status,
-        reason=error.reason,
-        duration_ms=0.0,
-        request_id=request_id,
-    )
+    log_request(request_id=request_id, status=response.status, error=error, subject=Subject(), started=monotonic())
     return response

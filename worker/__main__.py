@@ -10,6 +10,7 @@ import uvloop
 
 from common.log import configure_logging
 from common.settings import Settings, SettingsInvalid
+from common.tracing import traced
 from migrations.run import newest_revision
 from worker.app import ROLES, run_worker
 
@@ -27,7 +28,8 @@ def main() -> int:
         print(f"worker: {error}", file=sys.stderr)
         return 2
     configure_logging(settings.log_format, process=f"worker-{arguments[0]}")
-    uvloop.run(run_worker(settings, choices[arguments[0]], schema_revision=newest_revision()))
+    with traced(os.environ, f"worker-{arguments[0]}"):
+        uvloop.run(run_worker(settings, choices[arguments[0]], schema_revision=newest_revision()))
     return 0
 
 

@@ -5,9 +5,9 @@ from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack, suppress
 from time import monotonic
 from typing import Final, Protocol
-from uuid import UUID
 
 from common.admin import Readiness, admin_server
+from common.db.callbacks import Event, ids_to_tell, traceparents_of
 from common.db.engine import Engine, close_engine, create_engine
 from common.errors import Transient
 from common.log import LogEvent, get_logger
@@ -150,9 +150,9 @@ class Worker:
     def _arrive(self, work: Work) -> bool:
         return self._consumers[work].consuming
 
-    def _tell(self, events: Sequence[tuple[UUID, UUID]]) -> None:
+    def _tell(self, events: Sequence[Event]) -> None:
         if self._settings.amqp_urls:
-            self._publisher.offer(Work.CALLBACK, events)
+            self._publisher.offer(Work.CALLBACK, ids_to_tell(events), traceparents_of(events))
 
 
 async def run_worker(settings: Settings, roles: Sequence[str], *, schema_revision: str) -> None:

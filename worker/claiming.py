@@ -110,5 +110,5 @@ async def claim_calls(
     await reschedule_due(tx, dict.fromkeys(abandoned, until_look_up), verifying=abandoned)
     await reschedule_due(tx, put_off)
     for payout_id in abandoned:
-        get_logger().warning(LogEvent.PAYOUT_LEASE_EXPIRED, payout=render_id(PAYOUT, payout_id))
+        get_logger().warning(LogEvent.PAYOUT_LEASE_EXPIRED, payout_id=render_id(PAYOUT, payout_id))
     return claimed, calls

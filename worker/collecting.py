@@ -3,17 +3,19 @@ over. The question moves nothing at the rail, so it needs no attempt row: a work
 """
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from time import monotonic
 from typing import Final
 from uuid import UUID, uuid4
 
-from common.db.callbacks import ids_to_tell
+from common.db.callbacks import Event
 from common.db.engine import Engine, in_transaction
 from common.db.payins import Question, claim_questions
 from common.errors import PayoutsError
-from common.log import LogEvent, get_logger
+from common.log import LogEvent, get_logger, since_ms
 from common.process import end_tasks
 from common.settings import Settings
 from worker.conclusions import storable
@@ -25,7 +27,7 @@ from worker.rails import Answer, Outcome, PayinTerms, Rail, Rails
 INTERVAL_SECONDS: Final = 0.5
 _RECORD_ATTEMPTS_MAX: Final = 5
 
-Tell = Callable[[Sequence[tuple[UUID, UUID]]], None]
+Tell = Callable[[Sequence[Event]], None]
 
 
 class Collector:
@@ -78,25 +80,31 @@ class Collector:
         return bool(questions)
 
     async def _ask_and_record(self, name: str, rail: Rail, question: Question, token: UUID) -> None:
+        """Ask and record; the question leaves one line in the log, whatever happens."""
+        started, rail_ms = monotonic(), None
+        answer, failure = Answer(Outcome.UNKNOWN), "canceled"
         try:
             answer = await self._ask(rail, question)
+            rail_ms = since_ms(started)
             await self._record(question, answer, token, rail.lag_seconds)
-            get_logger().info(
+            failure = ""
+        except Exception as error:
+            # Not recorded: the lease runs out, and the rail is asked again.
+            failure = error.reason if isinstance(error, PayoutsError) else type(error).__name__
+        finally:
+            get_logger().log(
+                logging.ERROR if failure else logging.INFO,
                 LogEvent.PAYIN_ASKED,
-                payin=question.reference,
+                payin_id=question.reference,
+                shop_id=str(question.shop_id),
                 rail=name,
                 look_up=question.look_ups,
                 outcome=answer.outcome,
+                failure=answer.failure_code,
+                error=failure or None,
+                rail_ms=rail_ms,
+                duration_ms=since_ms(started),
             )
-        except Exception as error:
-            # Not recorded: the lease runs out, and the rail is asked again.
-            get_logger().error(
-                LogEvent.ROUND_FAILED,
-                round="collect",
-                payin=question.reference,
-                error=error.reason if isinstance(error, PayoutsError) else type(error).__name__,
-            )
-        finally:
             self._calls_by_rail[name] -= 1
 
     async def _ask(self, rail: Rail, question: Question) -> Answer:
@@ -108,7 +116,7 @@ class Collector:
         except TimeoutError:
             return Answer(Outcome.UNKNOWN, detail="time-out")
         except Exception as error:
-            get_logger().error(LogEvent.RAIL_CRASHED, payin=question.reference, error=type(error).__name__)
+            get_logger().error(LogEvent.RAIL_CRASHED, payin_id=question.reference, error=type(error).__name__)
             return Answer(Outcome.UNKNOWN, detail=type(error).__name__)
         return storable(answer)
 
@@ -124,4 +132,4 @@ class Collector:
         )
         credited = await in_transaction(self._engine, work, attempts_max=_RECORD_ATTEMPTS_MAX)
         note_discrepancies(credited.discrepancies)
-        self._tell(ids_to_tell(credited.events))
+        self._tell(credited.events)

@@ -69,7 +69,7 @@ def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | 
     if outcome is Outcome.PAID:
         return Conclusion(State.SUCCESS, None)
     if not held:
-        get_logger().warning(LogEvent.PAYOUT_LEASE_LOST, payout=render_id(PAYOUT, payout.id), outcome=outcome)
+        get_logger().warning(LogEvent.PAYOUT_LEASE_LOST, payout_id=render_id(PAYOUT, payout.id), outcome=outcome)
         return None
     if outcome is Outcome.DECLINED:
         return Conclusion(State.FAILED, None, ended.answer.failure_code or "provider_declined")

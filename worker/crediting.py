@@ -51,11 +51,15 @@ _ENTRY_KINDS: Final = {PayinState.SUCCESS: EntryKind.PAYIN, PayinState.REFUNDED:
 
 @dataclass(frozen=True, slots=True)
 class Credited:
-    """What came of words: how many were heard, the events to tell of, the discrepancies that are new."""
+    """What came of words: how many were heard, the events to tell of, the discrepancies that are new.
+
+    `words`: those that a rail said by itself, each with its effect and the payin that it is about.
+    """
 
     count: int = 0
     events: list[Event] = field(default_factory=list)
     discrepancies: list[NewDiscrepancy] = field(default_factory=list)
+    words: list[tuple[RailEvent, str, UUID | None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,26 +153,27 @@ async def apply_payin_words(tx: Tx, keys: Collection[EventKey]) -> Credited:
     accounts = await lock_accounts(tx, needed, wait_seconds=0) if needed else {}
     events: list[Event] = []
     found: list[NewDiscrepancy] = []
-    effects: list[tuple[RailEvent, str]] = []
+    heard: list[tuple[RailEvent, str, UUID | None]] = []
     uncovered: list[RailEvent] = []
     for plan in plans:
         payin, states = plan.payin, plan.verdict.states
         if payin is None or not states:
             found += [] if plan.verdict.contradiction is None else [plan.verdict.contradiction]
-            effects.append((plan.event, "known" if plan.verdict.contradiction is None else "discrepancy"))
+            effect = "known" if plan.verdict.contradiction is None else "discrepancy"
+            heard.append((plan.event, effect, None if payin is None else payin.id))
         elif payin.account_id not in accounts:
             waiting.append(plan.event)
         elif _is_covered(payin, states, accounts):
             events += await _carry_out(tx, payin, states, plan.word, accounts)
-            effects.append((plan.event, "moved"))
+            heard.append((plan.event, "moved", payin.id))
         else:
             found.append(_uncovered(payin, plan.word))
             uncovered.append(plan.event)
     opened = await open_discrepancies(tx, found)
-    await finish_rail_events(tx, effects)
+    await finish_rail_events(tx, [(event, effect) for event, effect, _ in heard])
     await postpone_rail_events(tx, [event.key for event in waiting], delay_seconds=_BUSY_SECONDS)
     await postpone_rail_events(tx, [event.key for event in uncovered], delay_seconds=_UNCOVERED_SECONDS)
-    return Credited(len(effects), events, opened)
+    return Credited(len(heard), events, opened, heard)
 
 
 @dataclass(frozen=True, slots=True)

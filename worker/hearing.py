@@ -45,11 +45,15 @@ _REFUSED_SECONDS: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What came of listening: how many words were applied, the events to tell of, the discrepancies that are new."""
+    """What came of listening: how many words were applied, the events to tell of, the discrepancies that are new.
+
+    `words`: those that are done with, each with its effect and, if it is about a payin, that.
+    """
 
     count: int = 0
     events: list[Event] = field(default_factory=list)
     discrepancies: list[NewDiscrepancy] = field(default_factory=list)
+    words: list[tuple[RailEvent, str, UUID | None]] = field(default_factory=list)
 
 
 Apply = Callable[..., Awaitable[Heard]]
@@ -97,12 +101,14 @@ async def hear(engine: Engine, patience: Patience = USUAL_PATIENCE) -> Heard:
     about_payins = await _hear_some(engine, _apply_payin_words, payins=True)
     heard = _sum([about_payouts, about_payins])
     note_discrepancies(heard.discrepancies)
+    for event, effect, payin_id in heard.words:
+        _log_word(event, effect, payin_id)
     return heard
 
 
 async def _apply_payin_words(tx: Tx, keys: Collection[EventKey]) -> Heard:
     credited = await apply_payin_words(tx, keys)
-    return Heard(credited.count, credited.events, credited.discrepancies)
+    return Heard(credited.count, credited.events, credited.discrepancies, credited.words)
 
 
 def _sum(each: Sequence[Heard]) -> Heard:
@@ -110,6 +116,19 @@ def _sum(each: Sequence[Heard]) -> Heard:
         sum(one.count for one in each),
         [event for one in each for event in one.events],
         [discrepancy for one in each for discrepancy in one.discrepancies],
+        [word for one in each for word in one.words],
+    )
+
+
+def _log_word(event: RailEvent, effect: str, payin_id: UUID | None) -> None:
+    """The one line of a word. Its own id and its reference are as the rail made them up, so they stay in the database."""
+    get_logger().info(
+        LogEvent.RAIL_EVENT_APPLIED,
+        rail=event.rail,
+        payout_id=None if event.payout_id is None else render_id(PAYOUT, event.payout_id),
+        payin_id=None if payin_id is None else render_id(PAYIN, payin_id),
+        outcome=event.outcome,
+        effect=effect,
     )
 
 
@@ -180,7 +199,7 @@ async def apply_words(tx: Tx, keys: Collection[EventKey], patience: Patience = U
     waiting += [event.key for event in words if event.payout_id in busy]
     await postpone_rail_events(tx, waiting, delay_seconds=_BUSY_SECONDS)
     applied = {event.key for event, _ in effects} | {event.key for _, event, _ in steps}
-    return Heard(len(applied), events, opened)
+    return Heard(len(applied), events, opened, [(event, effect, None) for event, effect in effects])
 
 
 def note_discrepancies(opened: Iterable[NewDiscrepancy]) -> None:
@@ -188,8 +207,8 @@ def note_discrepancies(opened: Iterable[NewDiscrepancy]) -> None:
     for discrepancy in opened:
         get_logger().error(
             LogEvent.PAYOUT_CONTRADICTED,
-            payout=None if discrepancy.payout_id is None else render_id(PAYOUT, discrepancy.payout_id),
-            payin=None if discrepancy.payin_id is None else render_id(PAYIN, discrepancy.payin_id),
+            payout_id=None if discrepancy.payout_id is None else render_id(PAYOUT, discrepancy.payout_id),
+            payin_id=None if discrepancy.payin_id is None else render_id(PAYIN, discrepancy.payin_id),
             rail=discrepancy.rail,
             state=discrepancy.state,
             outcome=discrepancy.word,

@@ -5,6 +5,7 @@ The transactions are in `worker.claiming` and `worker.recording`. A payout whose
 """
 
 import asyncio
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
@@ -13,18 +14,20 @@ from typing import Final
 from uuid import UUID, uuid4
 from weakref import WeakValueDictionary
 
+from common import tracing
 from common.batching import Batcher
-from common.db.callbacks import ids_to_tell
+from common.db.callbacks import Event
 from common.db.due import Claim, Claimed, find_rails_gone
 from common.db.engine import Engine, in_transaction
 from common.domain.ids import PAYOUT, render_id
 from common.errors import AccountBusy, PayoutsError, Transient
-from common.log import LogEvent, get_logger
+from common.log import LogEvent, get_logger, since_ms
 from common.messaging.codec import WorkMessage
 from common.process import end_tasks
 from common.recipients import open_recipient
 from common.sealing import Keyring, SealBroken
 from common.settings import Settings
+from common.tracing import Attributes, Kind
 from worker.claiming import claim_calls
 from worker.conclusions import SUBMIT, Call, Ended
 from worker.hearing import hear, note_discrepancies
@@ -32,7 +35,7 @@ from worker.rails import Answer, Outcome, PaymentOrder, Rail, Rails
 from worker.recording import fail_without_route, record_answers
 from worker.scanning import OVERDUE_SECONDS
 
-Tell = Callable[[Sequence[tuple[UUID, UUID]]], None]
+Tell = Callable[[Sequence[Event]], None]
 
 # Shops one claim visits; the next claim goes on behind them.
 _SHOPS_MAX: Final = 64
@@ -108,7 +111,7 @@ class Settler:
         if monotonic() < self._hear_at:
             return False
         heard = await hear(self._engine, self._settings.patience)
-        self._tell(ids_to_tell(heard.events))
+        self._tell(heard.events)
         if heard.count == 0:
             self._hear_at = monotonic() + _HEAR_SECONDS
         return heard.count > 0
@@ -121,11 +124,16 @@ class Settler:
         """
         await self._refresh()
         ids = [payout_id for message in messages for payout_id in message.ids]
+        with tracing.receive("payouts", [text for message in messages for text in message.traceparents]) as received:
+            return await self._claim_ids(ids, received.traceparent)
+
+    async def _claim_ids(self, ids: Sequence[UUID], received: str | None) -> bool:
         for name, rail in list(self._rails.items()):
             first = 0
             while first < len(ids) and not self._leaving:
                 size = min(self._room(name, rail), self._settings.settle_batch_max)
-                claimed = await self._take(name, rail, payout_ids=ids[first : first + size]) if size > 0 else None
+                some = ids[first : first + size]
+                claimed = await self._take(name, rail, payout_ids=some, received=received) if size > 0 else None
                 if claimed is None:
                     # No room, maybe for long; messages about other rails come behind this one.
                     self._left_behind = True
@@ -173,8 +181,12 @@ class Settler:
         after_shop: UUID = _FIRST_SHOP,
         payout_ids: Sequence[UUID] | None = None,
         overdue_seconds: float = 0.0,
+        received: str | None = None,
     ) -> Claimed | None:
-        """One claim, of those payouts or of what is overdue, and the start of its calls; None when there is no room."""
+        """One claim, of those payouts or of what is overdue, and the start of its calls; None when there is no room.
+
+        `received`: the context of the messages that told of them.
+        """
         async with self._claiming[name]:
             settings, room = self._settings, self._room(name, rail)
             if room <= 0:
@@ -200,41 +212,46 @@ class Settler:
                 payout_ids=payout_ids,
             )
             claimed, calls = await in_transaction(self._engine, work)
-            self._start(name, rail, calls)
+            self._start(name, rail, calls, received)
             return claimed
 
-    def _start(self, name: str, rail: Rail, calls: Iterable[Call]) -> None:
+    def _start(self, name: str, rail: Rail, calls: Iterable[Call], received: str | None = None) -> None:
         for call in calls:
             self._calls_by_shop[name][call.payout.shop_id] += 1
-            task = asyncio.create_task(self._make_call(name, rail, call))
+            task = asyncio.create_task(self._make_call(name, rail, call, received))
             self._calls.add(task)
             task.add_done_callback(self._calls.discard)
 
-    async def _make_call(self, name: str, rail: Rail, call: Call) -> None:
-        started = monotonic()
-        try:
-            answer = await self._ask(rail, call)
-            await self._keep(Ended(call, answer))
-            get_logger().info(
-                LogEvent.PAYOUT_ATTEMPTED,
-                payout=render_id(PAYOUT, call.payout.id),
-                rail=name,
-                action=call.action,
-                attempt=call.attempt_no,
-                outcome=answer.outcome,
-                failure=answer.failure_code,
-                duration_ms=round((monotonic() - started) * 1000, 1),
-            )
-        except Exception as error:
-            # Not recorded: the lease runs out, and a look-up will tell.
-            get_logger().error(
-                LogEvent.ROUND_FAILED, round="record", payout=render_id(PAYOUT, call.payout.id), error=_name(error)
-            )
-        finally:
-            busy = self._calls_by_shop[name]
-            busy[call.payout.shop_id] -= 1
-            if not busy[call.payout.shop_id]:
-                del busy[call.payout.shop_id]
+    async def _make_call(self, name: str, rail: Rail, call: Call, received: str | None) -> None:
+        """Ask and record; the attempt leaves one line in the log, whatever happens."""
+        started, rail_ms = monotonic(), None
+        answer, failure = Answer(Outcome.UNKNOWN), "canceled"
+        about: Attributes = {"payouts.payout_id": render_id(PAYOUT, call.payout.id), "payouts.attempt": call.attempt_no}
+        with tracing.follow(
+            "settle", Kind.CONSUMER, call.payout.traceparent, links=[received], attributes=about
+        ) as span:
+            try:
+                with span.child(f"{call.action} {name}", Kind.CLIENT) as asking:
+                    answer = await self._ask(rail, call)
+                    asking.note({"payouts.outcome": answer.outcome, "payouts.failure": answer.failure_code})
+                rail_ms = since_ms(started)
+                with span.child("record"):
+                    await self._keep(Ended(call, answer))
+                failure = ""
+            except Exception as error:
+                # Not recorded: the lease runs out, and a look-up will tell.
+                failure = _name(error)
+            finally:
+                if failure:
+                    span.fail(failure)
+                _log_attempt(call, answer, failure or None, started, rail_ms)
+                self._end_call(name, call.payout.shop_id)
+
+    def _end_call(self, name: str, shop_id: UUID) -> None:
+        busy = self._calls_by_shop[name]
+        busy[shop_id] -= 1
+        if not busy[shop_id]:
+            del busy[shop_id]
 
     async def _ask(self, rail: Rail, call: Call) -> Answer:
         """Ask the rail within its deadline; whatever goes wrong from then on is `UNKNOWN`."""
@@ -246,7 +263,7 @@ class Settler:
                     self._keyring, payout.recipient_sealed, shop_id=payout.shop_id, payout_id=payout.id
                 )
             except SealBroken as error:
-                get_logger().error(LogEvent.SECRET_UNSEALABLE, payout=render_id(PAYOUT, payout.id), error=str(error))
+                get_logger().error(LogEvent.SECRET_UNSEALABLE, payout_id=render_id(PAYOUT, payout.id), error=str(error))
                 return Answer(Outcome.NOT_ACCEPTED, detail="recipient does not open")
             order = PaymentOrder(call.reference, payout.amount_minor, payout.currency, recipient)
         if monotonic() > call.start_until:
@@ -257,7 +274,7 @@ class Settler:
         except TimeoutError:
             return Answer(Outcome.UNKNOWN, detail="time-out")
         except Exception as error:
-            get_logger().error(LogEvent.RAIL_CRASHED, payout=render_id(PAYOUT, payout.id), error=_name(error))
+            get_logger().error(LogEvent.RAIL_CRASHED, payout_id=render_id(PAYOUT, payout.id), error=_name(error))
             return Answer(Outcome.UNKNOWN, detail=_name(error))
 
     async def _keep(self, ended: Ended) -> None:
@@ -290,7 +307,7 @@ class Settler:
             attempts_max=_RECORD_ATTEMPTS_MAX,
         )
         note_discrepancies(recorded.discrepancies)
-        self._tell(ids_to_tell(recorded.events))
+        self._tell(recorded.events)
         return [item.call.payout.id not in recorded.busy for item in ended]
 
     async def _record_busy(self, ended: Sequence[Ended]) -> list[bool]:
@@ -307,6 +324,25 @@ class Settler:
                 after_shop = await in_transaction(
                     self._engine, partial(fail_without_route, claim=claim, after_shop=after_shop)
                 )
+
+
+def _log_attempt(call: Call, answer: Answer, failure: str | None, started: float, rail_ms: float | None) -> None:
+    """The one line of an attempt. `error`: why it could not be recorded, which is for people; the rail's words are no error."""
+    get_logger().log(
+        logging.INFO if failure is None else logging.ERROR,
+        LogEvent.PAYOUT_ATTEMPTED,
+        payout_id=render_id(PAYOUT, call.payout.id),
+        shop_id=str(call.payout.shop_id),
+        rail=call.rail,
+        action=call.action,
+        attempt=call.attempt_no,
+        outcome=answer.outcome,
+        failure=answer.failure_code,
+        error=failure,
+        rail_ms=rail_ms,
+        duration_ms=since_ms(started),
+        trace_id=tracing.trace_id_of(call.payout.traceparent),
+    )
 
 
 def _name(error: Exception) -> str:

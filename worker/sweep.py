@@ -5,21 +5,23 @@ and how much waits for people.
 import math
 from collections.abc import Callable, Sequence
 from typing import Final
-from uuid import UUID
 
 from prometheus_client import Gauge
 
 from common.canceling import expire_page
 from common.db.ages import find_ages
-from common.db.callbacks import ids_to_tell
+from common.db.callbacks import Event
 from common.db.due import FIRST_TO_EXPIRE, Expiring
 from common.db.engine import Engine, in_transaction
 from common.db.resolutions import count_doubts
+from common.domain.ids import PAYOUT, render_id
+from common.log import LogEvent, get_logger
+from common.tracing import trace_id_of
 
 INTERVAL_SECONDS: Final = 5.0
 _EXPIRED_MAX: Final = 128
 
-Tell = Callable[[Sequence[tuple[UUID, UUID]]], None]
+Tell = Callable[[Sequence[Event]], None]
 
 OLDEST_PAYOUT: Final = Gauge(
     "payouts_oldest_due_payout_age_seconds", "How long the oldest due payout has been waiting to be taken by a worker"
@@ -51,7 +53,9 @@ class Sweeper:
         behind: Expiring | None = FIRST_TO_EXPIRE
         while behind is not None:
             behind, events = await expire_page(self._engine, behind=behind, payouts_max=_EXPIRED_MAX)
-            self._tell(ids_to_tell(events))
+            self._tell(events)
+            for event in events:
+                _log_expired(event)
         ages = await in_transaction(self._engine, find_ages)
         OLDEST_PAYOUT.set(ages.payout_seconds)
         OLDEST_CALLBACK.set(ages.callback_seconds)
@@ -67,3 +71,14 @@ class Sweeper:
 
     async def drain(self, _deadline_seconds: float) -> None:
         """Nothing is ever under way between rounds."""
+
+
+def _log_expired(event: Event) -> None:
+    """The one line of a payout whose time was over."""
+    assert event.payout_id is not None, "payins expire by a rail's word"
+    get_logger().info(
+        LogEvent.PAYOUT_EXPIRED,
+        payout_id=render_id(PAYOUT, event.payout_id),
+        shop_id=str(event.shop_id),
+        trace_id=trace_id_of(event.traceparent),
+    )

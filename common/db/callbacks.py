@@ -27,6 +27,7 @@ class Event:
     body: bytes
     url: str | None
     payin_id: UUID | None = None
+    traceparent: str | None = None
 
     @property
     def origin(self) -> str | None:
@@ -37,6 +38,11 @@ class Event:
 def ids_to_tell(events: Collection[Event]) -> list[CallbackKey]:
     """Event and shop of those that somebody is to be called about."""
     return [(event.id, event.shop_id) for event in events if event.url is not None]
+
+
+def traceparents_of(events: Collection[Event]) -> list[str]:
+    """The contexts of those that somebody is to be called about and that are traced."""
+    return [event.traceparent for event in events if event.url is not None and event.traceparent is not None]
 
 
 # In the order of their ids, so that two who make the same lanes do not wait for each other.
@@ -56,12 +62,12 @@ _APPEND_EVENTS = text(
     WITH fresh AS (
       SELECT * FROM unnest(CAST(:id AS uuid[]), CAST(:shop_id AS uuid[]), CAST(:payout_id AS uuid[]),
                            CAST(:sequence AS int[]), CAST(:type AS text[]), CAST(:body AS bytea[]), CAST(:url AS text[]),
-                           CAST(:payin_id AS uuid[]), CAST(:origin AS text[]))
-        AS e (id, shop_id, payout_id, sequence, type, body, url, payin_id, origin)),
+                           CAST(:payin_id AS uuid[]), CAST(:traceparent AS text[]), CAST(:origin AS text[]))
+        AS e (id, shop_id, payout_id, sequence, type, body, url, payin_id, traceparent, origin)),
     {_LANES_MADE},
     told AS (
-      INSERT INTO callbacks (event_id, shop_id, payout_id, payin_id, url)
-      SELECT id, shop_id, payout_id, payin_id, url FROM fresh WHERE url IS NOT NULL),
+      INSERT INTO callbacks (event_id, shop_id, payout_id, payin_id, url, traceparent)
+      SELECT id, shop_id, payout_id, payin_id, url, traceparent FROM fresh WHERE url IS NOT NULL),
     due AS (
       INSERT INTO callback_due (event_id, shop_id, lane_id)
       SELECT id, shop_id, callback_lane_id(shop_id, origin) FROM fresh WHERE url IS NOT NULL)

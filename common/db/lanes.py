@@ -64,6 +64,9 @@ class ClaimedCallback:
     resume_at: datetime | None
     callback_http: bool = False
     callback_ports: list[int] | None = None
+    payout_id: UUID | None = None
+    payin_id: UUID | None = None
+    traceparent: str | None = None
 
     @property
     def key(self) -> CallbackKey:
@@ -180,11 +183,12 @@ _CLAIM = text(
         FROM taken WHERE d.event_id = taken.event_id AND d.shop_id = taken.shop_id
       RETURNING d.event_id, d.shop_id, d.lane_id, d.step, d.attempts_made, d.resume_at, taken.slow, taken.merchant_id)
     SELECT wanted.lane_id, r.event_id, r.shop_id, r.merchant_id, r.step, r.attempts_made AS attempt_no, r.slow,
-           r.resume_at, c.url, e.body, s.callback_http, s.callback_ports,
+           r.resume_at, c.url, c.payout_id, c.payin_id, c.traceparent, e.body, s.callback_http, s.callback_ports,
            EXISTS (SELECT 1 FROM fitting f WHERE f.lane_id = wanted.lane_id) AS fits
       FROM wanted LEFT JOIN leased r ON r.lane_id = wanted.lane_id
       LEFT JOIN LATERAL (
-        SELECT c.url FROM callbacks c WHERE c.event_id = r.event_id AND c.shop_id = r.shop_id LIMIT 1) c ON true
+        SELECT c.url, c.payout_id, c.payin_id, c.traceparent FROM callbacks c
+         WHERE c.event_id = r.event_id AND c.shop_id = r.shop_id LIMIT 1) c ON true
       LEFT JOIN LATERAL (SELECT e.body FROM events e WHERE e.id = r.event_id AND e.shop_id = r.shop_id LIMIT 1) e ON true
       LEFT JOIN LATERAL (SELECT s.callback_http, s.callback_ports FROM shops s WHERE s.id = r.shop_id LIMIT 1) s ON true
     """
@@ -194,7 +198,8 @@ _CLAIM = text(
 _FIND_CLAIMED = text(
     """
     SELECT d.lane_id, l.merchant_id, d.event_id, d.shop_id, d.step, d.attempts_made AS attempt_no, d.resume_at,
-           coalesce(l.latency_ms > CAST(:slow_ms AS int), true) AS slow, c.url, e.body, s.callback_http, s.callback_ports
+           coalesce(l.latency_ms > CAST(:slow_ms AS int), true) AS slow, c.url, c.payout_id, c.payin_id, c.traceparent,
+           e.body, s.callback_http, s.callback_ports
       FROM callback_due d
       JOIN callback_lanes l ON l.id = d.lane_id
       JOIN callbacks c ON c.event_id = d.event_id AND c.shop_id = d.shop_id
@@ -415,6 +420,9 @@ def _callback(row: Row[*tuple[Any, ...]]) -> ClaimedCallback:
         resume_at=row.resume_at,
         callback_http=row.callback_http,
         callback_ports=row.callback_ports,
+        payout_id=row.payout_id,
+        payin_id=row.payin_id,
+        traceparent=row.traceparent,
     )
 
 

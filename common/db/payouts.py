@@ -60,6 +60,7 @@ class NewPayout:
     details: str | None
     rail: str
     expires_at: datetime | None
+    traceparent: str | None
     hold: Entry
 
 
@@ -84,11 +85,11 @@ _APPEND_ACCEPTED = text(
         CAST(:amount_minor AS bigint[]), CAST(:currency AS text[]), CAST(:recipient_sealed AS bytea[]),
         CAST(:recipient_masked AS text[]), CAST(:recipient_digest AS bytea[]), CAST(:payment_data_digest AS bytea[]),
         CAST(:callback_url AS text[]), CAST(:details AS text[]), CAST(:rail AS text[]),
-        CAST(:expires_at AS timestamptz[]), CAST(:seq AS bigint[]), CAST(:posted_after_minor AS bigint[]),
-        CAST(:held_after_minor AS bigint[]))
+        CAST(:expires_at AS timestamptz[]), CAST(:traceparent AS text[]), CAST(:seq AS bigint[]),
+        CAST(:posted_after_minor AS bigint[]), CAST(:held_after_minor AS bigint[]))
       AS a (id, shop_id, account_id, external_id, amount_minor, currency, recipient_sealed, recipient_masked,
-            recipient_digest, payment_data_digest, callback_url, details, rail, expires_at, seq, posted_after_minor,
-            held_after_minor)),
+            recipient_digest, payment_data_digest, callback_url, details, rail, expires_at, traceparent, seq,
+            posted_after_minor, held_after_minor)),
     due AS (
       INSERT INTO payout_due (payout_id, shop_id, rail, expires_at) SELECT id, shop_id, rail, expires_at FROM accepted),
     holds AS (
@@ -98,9 +99,10 @@ _APPEND_ACCEPTED = text(
              posted_after_minor, held_after_minor, id FROM accepted)
     INSERT INTO payouts (id, shop_id, account_id, external_id, amount_minor, currency, recipient_sealed,
                          recipient_masked, recipient_digest, payment_data_digest, callback_url, details, expires_at,
-                         hold_seq)
+                         traceparent, hold_seq)
     SELECT id, shop_id, account_id, external_id, amount_minor, currency, recipient_sealed, recipient_masked,
-           recipient_digest, payment_data_digest, callback_url, CAST(details AS jsonb), expires_at, seq FROM accepted
+           recipient_digest, payment_data_digest, callback_url, CAST(details AS jsonb), expires_at, traceparent,
+           seq FROM accepted
     """
 )
 
@@ -143,6 +145,7 @@ async def append_accepted(tx: Tx, accepted: Sequence[NewPayout]) -> None:
         "details",
         "rail",
         "expires_at",
+        "traceparent",
     )
     arrays: dict[str, list[Any]] = {name: [getattr(payout, name) for payout in accepted] for name in columns}
     for name in ("seq", "posted_after_minor", "held_after_minor"):
@@ -174,6 +177,7 @@ class LockedPayout:
     version: int
     provider_reference: str | None
     expires_at: datetime | None
+    traceparent: str | None
     shop_code: str
     currency_exponent: int
     webhook_url: str | None
@@ -199,7 +203,7 @@ _LOCK_PAYOUTS, _LOCK_PAYOUTS_TO_SEND = (
           FROM (SELECT DISTINCT unnest(CAST(:ids AS uuid[])) AS id ORDER BY 1) w
          CROSS JOIN LATERAL (
            SELECT id, shop_id, account_id, external_id, amount_minor, currency, {recipient} AS recipient_sealed,
-                  callback_url, state, version, provider_reference, expires_at
+                  callback_url, state, version, provider_reference, expires_at, traceparent
              FROM payouts WHERE id = w.id LIMIT 1 FOR NO KEY UPDATE) p
           JOIN shops s ON s.id = p.shop_id
         """

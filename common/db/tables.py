@@ -173,6 +173,7 @@ payouts = Table(
     _optional("finalized_at", _TIME),
     _optional("expires_at", _TIME),
     _optional("return_seq", BigInteger()),
+    _optional("traceparent", Text()),
 )
 
 payout_moves = Table(
@@ -368,6 +369,7 @@ callbacks = Table(
     _optional("finished_at", _TIME),
     _optional("payin_id", Uuid()),
     _required("attempts_made", Integer()),
+    _optional("traceparent", Text()),
 )
 
 callback_due = Table(

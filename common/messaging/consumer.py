@@ -15,7 +15,7 @@ from pamqp.commands import Basic
 from prometheus_client import Counter
 
 from common.errors import Transient, UnreadableMessage
-from common.log import LogEvent, get_logger
+from common.log import LogEvent, get_logger, since_ms
 from common.messaging.codec import WorkMessage, parse_message
 from common.messaging.publisher import OPEN_TIMEOUT_SECONDS, Publisher
 from common.messaging.topology import Topology, Work, find_or_declare
@@ -178,7 +178,7 @@ class Consumer:
             ids=len(message.ids),
             traceparents=list(message.traceparents),
             outcome=outcome,
-            duration_ms=round((monotonic() - started) * 1000, 1),
+            duration_ms=since_ms(started),
         )
 
     async def _park(self, epoch: "_Epoch", delivered: DeliveredMessage, reason: str) -> None:

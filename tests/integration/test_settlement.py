@@ -327,6 +327,7 @@ def _locked(state: State, provider_reference: str | None) -> LockedPayout:
         version=2,
         provider_reference=provider_reference,
         expires_at=None,
+        traceparent=None,
         shop_code="shop-001",
         currency_exponent=2,
         webhook_url=None,

@@ -19,6 +19,7 @@ from uuid import UUID, uuid4
 from aiohttp import ClientSession
 from prometheus_client import Counter
 
+from common import tracing
 from common.batching import Batcher
 from common.db.callbacks import CallbackKey
 from common.db.engine import Engine, Tx, in_transaction
@@ -35,7 +36,7 @@ from common.db.lanes import (
     wake_lanes,
 )
 from common.db.webhook_secrets import SealedWebhookSecret, find_webhook_secrets
-from common.domain.ids import EVENT, render_id
+from common.domain.ids import EVENT, PAYIN, PAYOUT, render_id
 from common.domain.lane import SLOW_MILLISECONDS
 from common.errors import AccountBusy, Transient
 from common.log import LogEvent, get_logger
@@ -43,6 +44,7 @@ from common.messaging.codec import WorkMessage
 from common.process import end_tasks
 from common.sealing import Keyring, SealBroken
 from common.settings import Settings
+from common.tracing import Attributes, Kind
 from common.webhook_secrets import open_webhook_secrets
 from worker.callbacks.recording import Ended, record_attempts
 from worker.callbacks.send import Attempt, render_headers, send_callback
@@ -143,10 +145,12 @@ class Deliverer:
         Raises: `Transient`; then nothing, or only a part, was claimed, and it may be called again.
         """
         ids = [event_id for message in messages for event_id in message.ids]
-        for first in range(0, len(ids), _CLAIM_MAX):
-            if self._leaving:
-                return False
-            await self._claim(partial(claim_told_of, event_ids=ids[first : first + _CLAIM_MAX]))
+        with tracing.receive("callbacks", [text for message in messages for text in message.traceparents]) as received:
+            for first in range(0, len(ids), _CLAIM_MAX):
+                if self._leaving:
+                    return False
+                some = ids[first : first + _CLAIM_MAX]
+                await self._claim(partial(claim_told_of, event_ids=some), received=received.traceparent)
         return True
 
     async def _look(self) -> None:
@@ -225,9 +229,11 @@ class Deliverer:
         self,
         claim: Callable[[Tx, Lease, Room], Awaitable[list[ClaimedCallback]]],
         ended: Sequence[Ended] = (),
+        received: str | None = None,
     ) -> tuple[list[ClaimedCallback], set[UUID]]:
         """One claim and the start of sending; in the same transaction, before it, the record of what has ended.
 
+        `received`: the context of the messages that told of what is claimed.
         Returns: what was claimed, and the lanes that were not recorded.
         """
         async with self._claiming:
@@ -252,7 +258,7 @@ class Deliverer:
             except Transient:
                 self._unheard[lease] = now
                 raise
-            self._start(taken, lease, now)
+            self._start(taken, lease, now, received)
             if claim is claim_in_turn:
                 self._claimed_at = monotonic()
                 self._more_waits = len(taken.claimed) >= room.total
@@ -269,13 +275,13 @@ class Deliverer:
             self._start(await in_transaction(self._engine, work), lease, since)
         del self._unheard[lease]
 
-    def _start(self, taken: "_Taken", lease: Lease, since: float) -> None:
+    def _start(self, taken: "_Taken", lease: Lease, since: float, received: str | None = None) -> None:
         """Start sending what was claimed at `since`."""
         start_until = since + lease.seconds - self._settings.callback_timeout_seconds
         secrets = {shop_id: self._open(of_shop) for shop_id, of_shop in taken.secrets.items()}
         for callback in taken.claimed:
             task = asyncio.create_task(
-                self._deliver(callback, secrets.get(callback.shop_id, []), lease.token, start_until)
+                self._deliver(callback, secrets.get(callback.shop_id, []), lease.token, start_until, received)
             )
             self._flights[task] = _Flight(callback, since)
             task.add_done_callback(self._land)
@@ -292,20 +298,37 @@ class Deliverer:
             get_logger().error(LogEvent.SECRET_UNSEALABLE, shop_id=str(sealed[0].shop_id), error=str(error))
             return []
 
-    async def _deliver(self, callback: ClaimedCallback, secrets: list[str], token: UUID, start_until: float) -> None:
-        if not secrets or monotonic() > start_until:
-            await self._submit(Ended(callback, token, None, monotonic(), 0.0))
-            return
-        event = render_id(EVENT, callback.event_id)
-        attempt = await self._send(callback, secrets, event)
-        await self._submit(Ended(callback, token, attempt, monotonic(), random.random()))  # noqa: S311 jitter
+    async def _deliver(
+        self,
+        callback: ClaimedCallback,
+        secrets: list[str],
+        token: UUID,
+        start_until: float,
+        received: str | None,
+    ) -> None:
+        """Send and record; the attempt leaves one line in the log. `error`: `not_made` when none was, by our own fault."""
+        event, attempt = render_id(EVENT, callback.event_id), None
+        about: Attributes = {"payouts.event_id": event, "payouts.attempt": callback.attempt_no}
+        with tracing.follow("callback", Kind.CLIENT, callback.traceparent, links=[received], attributes=about) as span:
+            if secrets and monotonic() <= start_until:
+                attempt = await self._send(callback, secrets, event)
+            error = "not_made" if attempt is None else attempt.error
+            status = None if attempt is None else attempt.http_status
+            span.note({"http.request.method": "POST", "http.response.status_code": status})
+            if error is not None:
+                span.fail(error)
+        await self._submit(Ended(callback, token, attempt, monotonic(), random.random() if attempt else 0.0))  # noqa: S311 jitter
         get_logger().info(
             LogEvent.CALLBACK_ATTEMPTED,
             event_id=event,
+            shop_id=str(callback.shop_id),
+            payout_id=callback.payout_id and render_id(PAYOUT, callback.payout_id),
+            payin_id=callback.payin_id and render_id(PAYIN, callback.payin_id),
             attempt=callback.attempt_no,
-            status=attempt.http_status,
-            error=attempt.error,
-            duration_ms=attempt.duration_ms,
+            status=status,
+            error=error,
+            duration_ms=0 if attempt is None else attempt.duration_ms,
+            trace_id=tracing.trace_id_of(callback.traceparent),
         )
 
     async def _send(self, callback: ClaimedCallback, secrets: list[str], event: str) -> Attempt:
