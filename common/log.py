@@ -48,6 +48,7 @@ class LogEvent(StrEnum):
     MESSAGE_CLAIMED = "message.claimed"
     TOPOLOGY_UNREPAIRED = "topology.unrepaired"
     ROUND_FAILED = "round.failed"
+    SPANS_LOST = "spans.lost"
     TRACING_MISSING = "tracing.missing"
     INVARIANT_BROKEN = "invariant.broken"
 

@@ -1,6 +1,9 @@
 """The spans of `common.tracing`, made by OpenTelemetry and exported by OTLP over HTTP. Imported only where they are wanted."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from contextvars import copy_context
+from threading import Timer
 from types import TracebackType
 from typing import Final
 
@@ -8,13 +11,16 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ParentBased, Sampler, TraceIdRatioBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from common.log import LogEvent, get_logger
 from common.tracing import Attributes, Kind, Span
 
+# A collector that does not answer keeps no process from ending.
+_CLOSE_SECONDS: Final = 2.0
 _KINDS: Final = {kind: trace.SpanKind[kind.name] for kind in Kind}
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 
@@ -26,8 +32,26 @@ def open_tracer(environ: Mapping[str, str], service: str) -> "OpenTelemetryTrace
     is_named = "OTEL_SERVICE_NAME" in environ or "service.name=" in environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
     resource = Resource.create({} if is_named else {"service.name": service})
     provider = TracerProvider(sampler=_sampler(environ), resource=resource, shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return OpenTelemetryTracer(provider)
+    exporter = _Exporter()
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    # What becomes of an export is told by our own event, once; the library tells it with every try.
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+    return OpenTelemetryTracer(provider, exporter)
+
+
+class _Exporter(OTLPSpanExporter):
+    """Tells what was lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._context = copy_context()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """In a thread of the library's own."""
+        result = super().export(spans)
+        if result is not SpanExportResult.SUCCESS:
+            self._context.run(get_logger().warning, LogEvent.SPANS_LOST, count=len(spans))
+        return result
 
 
 def _sampler(environ: Mapping[str, str]) -> Sampler | None:
@@ -35,14 +59,18 @@ def _sampler(environ: Mapping[str, str]) -> Sampler | None:
     if environ.get("OTEL_TRACES_SAMPLER") or not share:
         # As the library reads it; without a word it takes everything whose parent it took.
         return None
-    return ParentBased(TraceIdRatioBased(float(share)))
+    try:
+        return ParentBased(TraceIdRatioBased(float(share)))
+    except ValueError:
+        raise SystemExit("OTEL_TRACES_SAMPLER_ARG: must be a share from 0 to 1") from None
 
 
 class OpenTelemetryTracer:
-    """Makes spans of a provider."""
+    """Makes spans of a provider, and closes its exporter."""
 
-    def __init__(self, provider: TracerProvider) -> None:
+    def __init__(self, provider: TracerProvider, exporter: SpanExporter) -> None:
         self._provider = provider
+        self._exporter = exporter
         self._tracer = provider.get_tracer("payouts")
 
     def span(
@@ -67,8 +95,11 @@ class OpenTelemetryTracer:
         return _Recorded(self, span)
 
     def close(self) -> None:
-        """Export what is left, for as long as an export may take."""
+        """Export what is left, for at most `_CLOSE_SECONDS`."""
+        enough = Timer(_CLOSE_SECONDS, self._exporter.shutdown)
+        enough.start()
         self._provider.shutdown()
+        enough.cancel()
 
 
 class _Recorded(Span):
