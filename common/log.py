@@ -69,8 +69,12 @@ def _is_forbidden(key: str) -> bool:
     return any(part in key.lower() for part in _FORBIDDEN_PARTS)
 
 
-def configure_logging(log_format: str, **bound: str) -> None:
-    """Send our lines and the libraries' to stdout, as JSON or for people. `bound` is on every line."""
+def configure_logging(log_format: str, log_level: str = "info", **bound: str) -> None:
+    """Send our lines from a level on, and the libraries' from `warning` on, to stdout, as JSON or for people.
+
+    With `debug` libraries say everything. `bound` is on every line.
+    """
+    ours: int = logging.getLevelNamesMapping()[log_level.upper()]
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -85,13 +89,15 @@ def configure_logging(log_format: str, **bound: str) -> None:
     )
     structlog.configure(
         processors=[*shared, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(ours),
         logger_factory=structlog.WriteLoggerFactory(sys.stdout),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.basicConfig(
+        handlers=[handler], level=ours if ours == logging.DEBUG else max(ours, logging.WARNING), force=True
+    )
     for name in ("aio_pika", "aiormq", "sqlalchemy.pool"):
         # What becomes of a connection is told by our own events, once; these tell it with tracebacks, several times.
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -229,6 +229,12 @@ class Settings:
     log_format: str = _setting(
         "PAYOUTS_LOG_FORMAT", _choice("json", "console"), "json", "log lines for programs or people"
     )
+    log_level: str = _setting(
+        "PAYOUTS_LOG_LEVEL",
+        _choice("debug", "info", "warning", "error"),
+        "info",
+        "`warning` leaves out the line of each request and attempt; `debug` adds what libraries say",
+    )
 
     database_pool_max: int = _setting(
         "PAYOUTS_DATABASE_POOL_MAX",
@@ -492,6 +498,7 @@ class Settings:
             ("PAYOUTS_CONTENT_KEY", is_guessable_key(self.content_key), _GUESSABLE_KEY),
             ("PAYOUTS_CONTENT_KEY", self.content_key in master_keys, "must be no master key"),
             ("PAYOUTS_LOG_FORMAT", self.log_format != "json", "must be json"),
+            ("PAYOUTS_LOG_LEVEL", self.log_level == "debug", "must not be debug"),
             ("PAYOUTS_CALLBACK_PRIVATE_ADDRESSES", self.callback_private_addresses, "must be 0"),
             (
                 "PAYOUTS_CALLBACK_HTTPS_ONLY",

@@ -48,7 +48,7 @@ def main() -> int:
     except SettingsInvalid as error:
         print(f"gateway: {error}", file=sys.stderr)
         return 2
-    configure_logging(settings.log_format, process="gateway")
+    configure_logging(settings.log_format, settings.log_level, process="gateway")
     with traced(os.environ, "gateway"):
         uvloop.run(serve(settings))
     return 0

@@ -27,7 +27,7 @@ def main() -> int:
     except SettingsInvalid as error:
         print(f"worker: {error}", file=sys.stderr)
         return 2
-    configure_logging(settings.log_format, process=f"worker-{arguments[0]}")
+    configure_logging(settings.log_format, settings.log_level, process=f"worker-{arguments[0]}")
     with traced(os.environ, f"worker-{arguments[0]}"):
         uvloop.run(run_worker(settings, choices[arguments[0]], schema_revision=newest_revision()))
     return 0

@@ -71,6 +71,7 @@ def test_everything_that_is_missing_is_named_at_once() -> None:
         *(("PAYOUTS_CALLBACK_PORTS", value) for value in ("0", "80;443", "65536", SECRET, "80,x")),
         *(("PAYOUTS_CALLBACK_NETWORKS_FORBIDDEN", value) for value in ("10.0.0.1/8", "2001:db8::/129", SECRET)),
         *(("PAYOUTS_LOG_FORMAT", value) for value in ("", "JSON", "text", SECRET)),
+        *(("PAYOUTS_LOG_LEVEL", value) for value in ("", "INFO", "trace", SECRET)),
         *(("PAYOUTS_ACCEPT_BATCH_MAX", value) for value in ("0", "129", SECRET)),
         *(("PAYOUTS_DATABASE_POOL_MAX", value) for value in ("1", "101", SECRET)),
         *(
@@ -164,6 +165,7 @@ def test_production_is_said_and_not_guessed() -> None:
         ("PAYOUTS_CONTENT_KEY", KEY, "random"),
         ("PAYOUTS_CONTENT_KEY", MASTER_KEY, "no master key"),
         ("PAYOUTS_LOG_FORMAT", "console", "json"),
+        ("PAYOUTS_LOG_LEVEL", "debug", "debug"),
         ("PAYOUTS_CALLBACK_PRIVATE_ADDRESSES", "1", "0"),
         ("PAYOUTS_CALLBACK_HTTPS_ONLY", "0", "1"),
         ("PYTHONASYNCIODEBUG", "1", "not be set"),
