@@ -55,7 +55,7 @@ def test_what_it_copies_is_there_is_all_that_the_wheel_needs_and_is_let_through(
     assert [source for source in copied if not (ROOT / source).exists()] == []
     packages = set(PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
     files = {"pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]}
-    assert packages | files | {"requirements.lock", "deploy/build.lock"} == copied
+    assert packages | files | {"requirements.lock", "requirements-otel.lock", "deploy/build.lock"} == copied
 
     ignored = [
         line for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if line and line[0] != "#"
@@ -66,14 +66,27 @@ def test_what_it_copies_is_there_is_all_that_the_wheel_needs_and_is_let_through(
         assert not any(fnmatch(unwanted, line[1:].rstrip("/") + "*") for line in ignored if line.startswith("!"))
 
 
-def test_what_builds_it_is_locked_like_everything_else() -> None:
-    def pins(name: str) -> dict[str, set[str]]:
-        text = (ROOT / name).read_text()
-        return {
-            found[1]: set(re.findall("sha256:[0-9a-f]{64}", found[2]))
-            for found in re.finditer(r"^([a-z0-9.-]+==\S+).*\\\n((?:    --hash=.*\n?)+)", text, re.MULTILINE)
-        }
+def pins(name: str) -> dict[str, set[str]]:
+    """What a lock names, and the hashes of each."""
+    return {
+        found[1]: set(re.findall("sha256:[0-9a-f]{64}", found[2]))
+        for found in re.finditer(
+            r"^([a-z0-9.-]+==\S+).*\\\n((?:    --hash=.*\n?)+)", (ROOT / name).read_text(), re.MULTILINE
+        )
+    }
 
+
+def test_what_traces_need_is_beside_all_that_is_always_there() -> None:
+    plain, tracing, dev = pins("requirements.lock"), pins("requirements-otel.lock"), pins("requirements-dev.lock")
+    assert plain.items() <= tracing.items() <= dev.items(), "what is tried is what runs"
+    assert {pin.partition("==")[0] for pin in tracing.keys() - plain.keys()} >= {
+        "opentelemetry-sdk",
+        "opentelemetry-api",
+    }
+    assert of("ARG") == ["LOCK=requirements.lock"]
+
+
+def test_what_builds_it_is_locked_like_everything_else() -> None:
     build, dev = pins("deploy/build.lock"), pins("requirements-dev.lock")
     assert "hatchling" in {pin.partition("==")[0] for pin in build}
     assert {pin: hashes for pin, hashes in dev.items() if pin in build} == build
