@@ -6,7 +6,7 @@ Null is what stands there when nothing is traced; it takes no room. Old code run
 from alembic import op
 
 revision = "0018"
-down_revision = "0015"
+down_revision = "0017"
 branch_labels = None
 depends_on = None
 
