@@ -1,8 +1,11 @@
 """The admin port every process may have, for nobody outside: `/livez`, `/readyz`, `/metrics`. And what readiness means."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
+from time import monotonic
+from typing import Final
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -15,14 +18,23 @@ from common.log import LogEvent, get_logger
 from common.messaging.link import Link
 from common.settings import Settings
 
-_SCHEMA_POLL_SECONDS = 0.5
+_SCHEMA_POLL_SECONDS: Final = 0.5
+_DATABASE_POLL_SECONDS: Final = 1.0
+# What `?exclude=` of a request for readiness can name.
+_DATABASE: Final = "database"
 
 
 class Readiness:
-    """Whether work may be sent here: the schema is the one this code was written for, and we are not leaving."""
+    """Whether work may be sent here: the schema is the one this code was written for, the database answers, and we are not
+    leaving.
 
-    def __init__(self) -> None:
+    `silence_seconds_max`: how long the database may give no answer until we are not ready.
+    """
+
+    def __init__(self, *, silence_seconds_max: float) -> None:
+        self._silence_seconds_max = silence_seconds_max
         self._schema_fits = False
+        self._answered_at = -math.inf
         self._leaving = False
         self._links: Collection[Link] = ()
 
@@ -31,12 +43,14 @@ class Readiness:
         """Whether the process is on its way out."""
         return self._leaving
 
-    @property
-    def reason(self) -> str | None:
-        """Why not ready, or None."""
+    def reason(self, *, of_database: bool = True) -> str | None:
+        """Why not ready, or None. `of_database` False: its silence is none."""
         if self._leaving:
             return "leaving"
-        return None if self._schema_fits else "waiting for the database's schema"
+        if not self._schema_fits:
+            return "waiting for the database's schema"
+        silent = monotonic() - self._answered_at > self._silence_seconds_max
+        return "the database does not answer" if of_database and silent else None
 
     @property
     def broker(self) -> str:
@@ -61,12 +75,24 @@ class Readiness:
                 found = await in_transaction(
                     engine, lambda tx: tx.scalar(text("SELECT version_num FROM alembic_version"))
                 )
-                self._schema_fits = found == revision
+                self._schema_fits, self._answered_at = found == revision, monotonic()
             except (Transient, DBAPIError) as error:
                 # No table or no role yet: somebody has still to migrate.
                 get_logger().warning(LogEvent.ROUND_FAILED, round="schema", error=type(error).__name__)
             if not self._schema_fits:
                 await asyncio.sleep(_SCHEMA_POLL_SECONDS)
+
+    async def watch_database(self, engine: Engine, revision: str) -> None:
+        """Wait for the schema, then ask the database again and again whether it still answers, for ever."""
+        await self.wait_for_schema(engine, revision)
+        while True:
+            try:
+                async with asyncio.timeout(self._silence_seconds_max):
+                    await in_transaction(engine, lambda tx: tx.scalar(text("SELECT 1")), attempts_max=1)
+                self._answered_at = monotonic()
+            except (Transient, DBAPIError, TimeoutError) as error:
+                get_logger().warning(LogEvent.ROUND_FAILED, round="readiness", error=type(error).__name__)
+            await asyncio.sleep(_DATABASE_POLL_SECONDS)
 
 
 async def livez(_request: web.Request) -> web.Response:
@@ -75,10 +101,10 @@ async def livez(_request: web.Request) -> web.Response:
 
 
 def readyz(readiness: Readiness) -> Callable[[web.Request], Awaitable[web.Response]]:
-    """A handler that tells whether work may be sent here."""
+    """A handler that tells whether work may be sent here; `?exclude=database`: whatever the database does by now."""
 
-    async def answer(_request: web.Request) -> web.Response:
-        reason = readiness.reason
+    async def answer(request: web.Request) -> web.Response:
+        reason = readiness.reason(of_database=request.query.get("exclude") != _DATABASE)
         if reason is None:
             return web.json_response({"status": "ready", "broker": readiness.broker})
         return web.json_response({"status": "not ready", "reason": reason, "broker": readiness.broker}, status=503)

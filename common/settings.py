@@ -249,13 +249,23 @@ class Settings:
         "to open a connection, or to get one of the pool",
     )
     database_statement_timeout_seconds: float = _setting(
-        "PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS", _decimal(0.1, 300), "10", "for one statement"
+        "PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS",
+        _decimal(0.1, 300),
+        "10",
+        "for one statement; 5 s later a server that is silent is given up",
     )
     database_lock_timeout_seconds: float = _setting(
         "PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS",
         _decimal(0.05, 60),
         "2",
         "for one lock; then that shop's requests get 503",
+    )
+
+    ready_silence_seconds_max: float = _setting(
+        "PAYOUTS_READY_SILENCE_SECONDS_MAX",
+        _decimal(0.5, 300),
+        "5",
+        "without an answer of the database, until `/readyz` says 503",
     )
 
     signature_window_seconds: int = _setting(
@@ -269,6 +279,12 @@ class Settings:
         _integer(0, 100_000),
         "0",
         "per key and gateway process, then 429; 0: no limit",
+    )
+    requests_max: int = _setting(
+        "PAYOUTS_REQUESTS_MAX", _integer(1, 100_000), "4000", "requests at work per gateway process, then 503 at once"
+    )
+    request_seconds_max: float = _setting(
+        "PAYOUTS_REQUEST_SECONDS_MAX", _decimal(0.1, 300), "10", "from the end of a request to its answer, then 503"
     )
     body_timeout_seconds: float = _setting(
         "PAYOUTS_BODY_TIMEOUT_SECONDS", _decimal(0.1, 60), "10", "to receive a request's body"

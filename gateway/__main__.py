@@ -23,7 +23,7 @@ KEEPALIVE_SECONDS = 75
 
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then finish what was begun."""
-    readiness = Readiness()
+    readiness = Readiness(silence_seconds_max=settings.ready_silence_seconds_max)
     app = create_app(settings, readiness, schema_revision=newest_revision())
     runner = GatewayRunner(app, keepalive_timeout=KEEPALIVE_SECONDS, shutdown_timeout=settings.drain_seconds)
     stop = stop_requested()

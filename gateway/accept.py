@@ -118,7 +118,8 @@ class Acceptor:
         """Decide one create durably, exactly once per (shop, external_id).
 
         A caller that goes away cancels nothing. After `wait_seconds` an order that no transaction has taken yet is
-        withdrawn; one that is in flight is left to end, its outcome unknown to the caller.
+        withdrawn; one that is in flight is left to end, its outcome unknown to the caller. A place is free again when its
+        line has come to it: while the database stands still, whoever finds no place is refused at once.
         Raises: `Overloaded`, `AccountBusy`, `DatabaseUnavailable`; `ExternalIdReused`, `InsufficientBalance`,
         `ShopNotFound`, `AccessDenied`, `InvalidApiKey`; `InvariantViolated`.
         """
@@ -127,7 +128,6 @@ class Acceptor:
         loop = asyncio.get_running_loop()
         waiting = _Waiting(order, loop.create_future())
         self._waiting_count += 1
-        waiting.future.add_done_callback(self._forget)
         shop_id = order.shop.id
         line = self._busy_lines.get(shop_id) or self._lines[shop_id.int % len(self._lines)]
         line.waiting.append(waiting)
@@ -150,9 +150,6 @@ class Acceptor:
         while self._tasks and (left := deadline_seconds - (monotonic() - started)) > 0:
             await asyncio.wait(self._tasks, timeout=left)
 
-    def _forget(self, _future: asyncio.Future[Accepted]) -> None:
-        self._waiting_count -= 1
-
     def _start(self, run: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(run)
         self._tasks.add(task)
@@ -160,12 +157,23 @@ class Acceptor:
 
     async def _run_line(self, line: "_Line") -> None:
         try:
-            while batch := line.take(self._batch_max):
+            while batch := self._take(line):
                 for waiting in await self._commit(batch, wait_seconds=0):
                     waiting.busy_until = monotonic() + self._busy_seconds_max
                     self._to_busy_line(waiting)
         finally:
             line.running = False
+
+    def _take(self, line: "_Line") -> list[_Waiting]:
+        """The next few of a line that are still wanted; the others give up their places."""
+        batch: list[_Waiting] = []
+        while line.waiting and len(batch) < self._batch_max:
+            waiting = line.waiting.popleft()
+            if waiting.future.done():
+                self._waiting_count -= 1
+            else:
+                batch.append(waiting)
+        return batch
 
     def _to_busy_line(self, waiting: _Waiting) -> None:
         shop_id = waiting.order.shop.id
@@ -179,7 +187,7 @@ class Acceptor:
         try:
             while line.waiting:
                 async with self._busy_slots:
-                    if batch := line.take(self._batch_max):
+                    if batch := self._take(line):
                         self._again(line, await self._commit(batch, wait_seconds=_BUSY_TURN_SECONDS))
         finally:
             del self._busy_lines[shop_id]
@@ -194,6 +202,7 @@ class Acceptor:
                 line.waiting.appendleft(waiting)
             else:
                 settle_future(waiting.future, AccountBusy())
+                self._waiting_count -= 1
 
     async def _commit(self, batch: list[_Waiting], *, wait_seconds: float) -> list[_Waiting]:
         """Decide a batch in one transaction and settle it; returns those whose account somebody else holds."""
@@ -218,6 +227,7 @@ class Acceptor:
                 busy.append(waiting)
             else:
                 settle_future(waiting.future, _ours(verdict, waiting.order))
+        self._waiting_count -= len(batch) - len(busy)
         self._tell([order for order, verdict in zip(orders, verdicts, strict=True) if _is_new(verdict)])
         return busy
 
@@ -243,15 +253,6 @@ def _ours(verdict: Accepted | Exception, order: Order) -> Accepted | Exception:
 class _Line:
     waiting: deque[_Waiting] = field(default_factory=deque)
     running: bool = False
-
-    def take(self, count: int) -> list[_Waiting]:
-        """The next few that are still wanted."""
-        batch: list[_Waiting] = []
-        while self.waiting and len(batch) < count:
-            waiting = self.waiting.popleft()
-            if not waiting.future.done():
-                batch.append(waiting)
-        return batch
 
 
 async def decide_batch(

@@ -39,17 +39,19 @@ from common.messaging.topology import Topology, Work
 from common.process import end_tasks
 from common.settings import Settings
 from gateway.accept import Acceptor, Order
-from gateway.auth import Authenticator, Caller, RailSecrets, read_credentials, read_signature
+from gateway.auth import Authenticator, Caller, Credentials, RailSecrets, read_credentials, read_signature
 from gateway.balance import show_balance
 from gateway.callbacks import list_payin_callbacks, list_payout_callbacks, resend_payout_callback
 from gateway.cancel import Canceler
 from gateway.errors import REQUEST_ID, SERVER, render_error
 from gateway.events import list_events
+from gateway.gate import Gate
 from gateway.keys import (
     ACCEPTOR,
     AUTHENTICATOR,
     CANCELER,
     ENGINE,
+    GATE,
     KEYRING,
     RAIL_SECRETS,
     READINESS,
@@ -117,7 +119,9 @@ def create_app(settings: Settings, readiness: Readiness, *, schema_revision: str
 def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Application], AsyncIterator[None]]:
     async def resources(app: web.Application) -> AsyncIterator[None]:
         settings = app[SETTINGS]
-        # Accepting and reading have connections of their own, so that neither can starve the other.
+        app[GATE] = Gate(requests_max=settings.requests_max, seconds_max=settings.request_seconds_max)
+        # Accepting and reading have connections of their own, so that neither can starve the other. Who asks, and whether we
+        # are ready, is asked on those of accepting, which nothing holds for long.
         busy_committers = max(1, (settings.database_pool_max - settings.accept_committers) // 2)
         accepting = settings.accept_committers + busy_committers
         accept_engine = create_engine(
@@ -128,7 +132,7 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
             settings, role="payouts_gateway", application="payouts-gateway-read", pool_max=read_pool
         )
         app[AUTHENTICATOR] = Authenticator(
-            engine,
+            accept_engine,
             app[KEYRING],
             cache_seconds=settings.key_cache_seconds,
             requests_per_second_max=settings.key_requests_per_second_max,
@@ -156,9 +160,9 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
         links = [Link("publish", settings.amqp_urls, publisher.session)] if settings.amqp_urls else []
         readiness.watch(links)
         publishing = [asyncio.create_task(link.run()) for link in links]
-        waiting = asyncio.create_task(readiness.wait_for_schema(engine, schema_revision))
+        watching = asyncio.create_task(readiness.watch_database(accept_engine, schema_revision))
         yield
-        waiting.cancel()
+        watching.cancel()
         await app[ACCEPTOR].close(settings.drain_seconds)
         await publisher.drain(_PUBLISH_DRAIN_SECONDS)
         await end_tasks(publishing, 0)
@@ -187,6 +191,9 @@ def _guarded(endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.Respon
         settings = request.app[SETTINGS]
         credentials = read_credentials(request, now=time.time(), window_seconds=settings.signature_window_seconds)
         body = await _read_body(request, settings.body_timeout_seconds)
+        return await request.app[GATE].let_in(lambda: serve(request, credentials, body))
+
+    async def serve(request: web.Request, credentials: Credentials, body: bytes) -> web.Response:
         # The older formula binds no route: a captured create must not open a look-up, so those have no body.
         body_formula = endpoint.body_formula and (endpoint.method == "POST" or not body)
         caller = await request.app[AUTHENTICATOR].authenticate(
@@ -194,9 +201,20 @@ def _guarded(endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.Respon
         )
         if endpoint.method == "POST" and body and request.content_type != "application/json":
             raise UnsupportedMediaType
-        return await endpoint.handle(request, caller, body)
+        return await handle_endpoint(request, caller, body)
 
+    # The acceptor lets go of whoever no longer waits; a transaction first has to get rid of a silent connection.
+    handle_endpoint = endpoint.handle if endpoint.handle is create_payout else _left_to_end(endpoint.handle)
     return handle
+
+
+def _left_to_end(handle: Handler) -> Handler:
+    """The handler, which goes on to its end within the limits of its transactions, though nobody waits for it any more."""
+
+    async def left(request: web.Request, caller: Caller, body: bytes) -> web.Response:
+        return await asyncio.shield(handle(request, caller, body))
+
+    return left
 
 
 async def _receive_event(request: web.Request) -> web.Response:
@@ -204,7 +222,7 @@ async def _receive_event(request: web.Request) -> web.Response:
     settings = request.app[SETTINGS]
     signed = read_signature(request, now=time.time(), window_seconds=settings.signature_window_seconds)
     body = await _read_body(request, settings.body_timeout_seconds)
-    return await receive_event(request, *signed, body)
+    return await request.app[GATE].let_in(lambda: asyncio.shield(receive_event(request, *signed, body)))
 
 
 async def _read_body(request: web.Request, timeout_seconds: float) -> bytes:

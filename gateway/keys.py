@@ -13,12 +13,14 @@ from common.tracing import Span
 from gateway.accept import Acceptor
 from gateway.auth import Authenticator, RailSecrets
 from gateway.cancel import Canceler
+from gateway.gate import Gate
 
 READINESS = web.AppKey("READINESS", Readiness)
 SETTINGS = web.AppKey("SETTINGS", Settings)
 ENGINE = web.AppKey("ENGINE", Engine)
 KEYRING = web.AppKey("KEYRING", Keyring)
 AUTHENTICATOR = web.AppKey("AUTHENTICATOR", Authenticator)
+GATE = web.AppKey("GATE", Gate)
 RAIL_SECRETS = web.AppKey("RAIL_SECRETS", RailSecrets)
 CANCELER = web.AppKey("CANCELER", Canceler)
 ACCEPTOR = web.AppKey("ACCEPTOR", Acceptor)

@@ -158,7 +158,7 @@ class Worker:
 async def run_worker(settings: Settings, roles: Sequence[str], *, schema_revision: str) -> None:
     """Work until SIGTERM or SIGINT, then finish what was begun. A second signal ends the process at once."""
     stop = stop_requested()
-    readiness = Readiness()
+    readiness = Readiness(silence_seconds_max=settings.ready_silence_seconds_max)
     async with AsyncExitStack() as resources:
         await resources.enter_async_context(admin_server(settings, readiness))
         engine = create_engine(
@@ -174,6 +174,8 @@ async def run_worker(settings: Settings, roles: Sequence[str], *, schema_revisio
         schema = asyncio.create_task(readiness.wait_for_schema(engine, schema_revision))
         resources.callback(schema.cancel)
         await _first(schema, stop)
+        watching = asyncio.create_task(readiness.watch_database(engine, schema_revision))
+        resources.callback(watching.cancel)
         links = [] if stop.is_set() else worker.links()
         readiness.watch(links)
         keeping = [asyncio.create_task(link.run()) for link in links]

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 from urllib.parse import urlencode
 
+from asyncpg.exceptions import TargetServerAttributeNotMatched
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -22,14 +23,18 @@ _T = TypeVar("_T")
 # PostgreSQL, appendix A. Repeated as a whole: the transaction did not happen.
 _REPEATABLE: Final = frozenset({"40001", "40P01"})
 _LOCK_NOT_AVAILABLE: Final = "55P03"
-# Connection exceptions, a server out of resources or connections, shutdown and crash recovery; then a standby.
-_UNAVAILABLE_CLASSES: Final = ("08", "53", "57")
+# Connection exceptions, a server out of resources (disk, memory, connections), shutdown and crash recovery, a disk that fails;
+# then a server that only reads, as a standby does.
+_UNAVAILABLE_CLASSES: Final = ("08", "53", "57", "58")
 _READ_ONLY: Final = "25006"
 _STATEMENT_TIMED_OUT: Final = "57014"
 
 # Everything these do goes by index; without statistics the planner may think otherwise.
 _BY_INDEX_ONLY: Final = frozenset({"payouts_gateway", "payouts_worker", "payouts_sealer"})
+_READER: Final = "payouts_readonly"
 
+# How much longer than the server ourselves wait for a statement: for a server that no longer answers at all.
+_CLIENT_PATIENCE_SECONDS: Final = 5.0
 _CLOSE_SECONDS: Final = 2.0
 
 ATTEMPTS_MAX: Final = 5
@@ -65,8 +70,9 @@ def create_engine(settings: Settings, *, role: str, application: str, pool_max: 
         pool_timeout=settings.database_connect_timeout_seconds,
         connect_args={
             "timeout": settings.database_connect_timeout_seconds,
-            # The client's own deadline, for a server that no longer answers at all.
-            "command_timeout": settings.database_statement_timeout_seconds + 5,
+            "command_timeout": settings.database_statement_timeout_seconds + _CLIENT_PATIENCE_SECONDS,
+            # Where the address moves to another server: never to one that only reads, unless that is all we do.
+            "target_session_attrs": "any" if role == _READER else "primary",
             "server_settings": {
                 "role": role,
                 "application_name": application,
@@ -123,9 +129,13 @@ def sqlstate(error: BaseException) -> str | None:
 
 def constraint_name(error: BaseException) -> str | None:
     """The name of the constraint that refused a write, or None when it was none."""
-    cause = getattr(getattr(error, "orig", None), "__cause__", None)
-    name = getattr(cause, "constraint_name", None)
+    name = getattr(_cause(error), "constraint_name", None)
     return name if isinstance(name, str) else None
+
+
+def _cause(error: BaseException) -> BaseException | None:
+    """The driver's own error behind one of SQLAlchemy's."""
+    return getattr(getattr(error, "orig", None), "__cause__", None)
 
 
 def _worth_repeating(error: BaseException) -> bool:
@@ -139,6 +149,8 @@ def _translate(error: Exception) -> Exception:
     if isinstance(error, PoolTimeout | TimeoutError) or state == _STATEMENT_TIMED_OUT:
         return DatabaseSlow()
     if not isinstance(error, DBAPIError) or error.connection_invalidated or isinstance(error, InterfaceError):
+        return DatabaseUnavailable()
+    if isinstance(_cause(error), TargetServerAttributeNotMatched):
         return DatabaseUnavailable()
     if state is not None and (state.startswith(_UNAVAILABLE_CLASSES) or state == _READ_ONLY):
         return DatabaseUnavailable()

@@ -33,7 +33,8 @@ class Answer:
         """A 503 of the contract's shape, which says when to come back."""
         assert self.status == 503, self
         assert self.body["message"] == "Service unavailable. Repeat the same request."
-        assert self.body["code"] == "unavailable"
+        assert self.body["code"] == self.body["error"]["code"] == "unavailable"
+        assert self.body["error"]["message"] == self.body["message"]
         assert int(self.headers["Retry-After"]) >= 1
 
 

@@ -15,7 +15,7 @@ from common.db.engine import Engine, create_engine
 from common.errors import ExternalIdReused, InsufficientBalance, Overloaded
 from common.settings import Settings
 from gateway.accept import Accepted, Acceptor, Order
-from tests.factories import add_funded_merchant, create_body, execute, fetch, order
+from tests.factories import add_funded_merchant, create_body, execute, fetch, order, settings
 from tests.faults.locks import Superuser
 from tests.faults.merchants import (
     Stored,
@@ -27,6 +27,7 @@ from tests.faults.merchants import (
     find_stored,
     sender,
 )
+from tests.faults.proxy import proxy
 from tests.stack import Stack, eventually, stack
 
 GATEWAY = "payouts-gateway"
@@ -380,6 +381,37 @@ async def test_an_order_that_waited_too_long_is_a_503_and_is_not_accepted_later(
         # What had been given up never reached the database.
         rows = await fetch(owner, "SELECT external_id FROM payouts ORDER BY id")
         assert {row.external_id for row in rows} == {after.external_id}
+    await assert_invariants(owner)
+
+
+async def test_while_the_database_stands_still_who_finds_no_place_is_refused_at_once(
+    database_url: str, owner: Engine, config: Settings
+) -> None:
+    shop = (await add_funded_merchant(owner, config)).shop
+    async with (
+        proxy(database_url) as network,
+        acceptor(settings(network.url), queue_max=10, wait_seconds=0.3) as running,
+    ):
+        await running.accept(order(config, shop))
+        network.black_hole()
+        waiting = [running.accept(order(config, shop)) for _ in range(10)]
+        assert {type(result) for result in await asyncio.gather(*waiting, return_exceptions=True)} == {Overloaded}
+        started = monotonic()
+        for _ in range(100):
+            with pytest.raises(Overloaded):
+                await running.accept(order(config, shop))
+        # None of them has waited for its turn.
+        assert monotonic() - started < 0.3
+        network.flow()
+
+        async def accepts() -> bool:
+            try:
+                await running.accept(order(config, shop))
+            except Overloaded:
+                return False
+            return True
+
+        await eventually(accepts, "there is room again")
     await assert_invariants(owner)
 
 

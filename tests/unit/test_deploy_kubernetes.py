@@ -194,7 +194,7 @@ def test_probes_ask_what_the_admin_port_answers(name: str) -> None:
     assert asked == {
         "startup": {"path": "/livez", "port": "admin"},
         "liveness": {"path": "/livez", "port": "admin"},
-        "readiness": {"path": "/readyz", "port": "admin"},
+        "readiness": {"path": "/readyz?exclude=database", "port": "admin"},
     }
 
 
