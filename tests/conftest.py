@@ -97,15 +97,18 @@ async def database_url(server: Server, template: str) -> AsyncIterator[str]:
 async def make_cluster() -> AsyncIterator[MakeCluster]:
     """Makes servers of this test's own, migrated, to be killed at will: `cluster = await make_cluster(durable=True)`.
 
+    `started=False`: there is nothing but its name yet.
+
     `cluster.url("payouts")` is the database. `kill`, `start` and `stop` block: call them through `asyncio.to_thread`.
     """
     async with AsyncExitStack() as stack:
 
-        async def make(*, durable: bool) -> Cluster:
+        async def make(*, durable: bool, started: bool = True) -> Cluster:
             cluster = _cluster(uuid4().hex, durable=durable)
             stack.callback(shutil.rmtree, cluster.home, ignore_errors=True)
             stack.callback(cluster.stop)
-            await upgrade(await asyncio.to_thread(cluster.start))
+            if started:
+                await upgrade(await asyncio.to_thread(cluster.start))
             return cluster
 
         yield make

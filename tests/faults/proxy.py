@@ -67,14 +67,15 @@ class Proxy:
     """Listens on a port of its own and carries bytes to a server, unless told otherwise."""
 
     def __init__(self, database_url: str) -> None:
-        target = make_url(database_url)
-        assert target.host is not None
-        assert target.port is not None
-        self._target = target.host, target.port
+        self._target = _address_of(database_url)
         self._port = free_port()
-        self.url: Final = target.set(host="127.0.0.1", port=self._port).render_as_string(hide_password=False)
+        self.url: Final = (
+            make_url(database_url).set(host="127.0.0.1", port=self._port).render_as_string(hide_password=False)
+        )
         self.faults_done = 0
         self._faults: list[CommitFault | None] = []
+        self._statements_left = 0
+        self._statement_fault = CommitFault.LOSE_ANSWER
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._released = asyncio.Event()
@@ -93,9 +94,14 @@ class Proxy:
         self._then_refuse = then_refuse
         self._faults = [*[None] * after, *[fault] * count]
 
+    def fail_statement(self, number: int, fault: CommitFault) -> None:
+        """Let the so-manyth statement from now on go wrong, 1 being the next one: `LOSE_ANSWER`, or `LOSE_COMMIT` before it."""
+        self.faults_done, self._statements_left, self._statement_fault = 0, number, fault
+
     def stop_failing(self) -> None:
-        """Let the COMMITs to come pass."""
+        """Let everything to come pass."""
         self._faults.clear()
+        self._statements_left = 0
 
     def release(self) -> None:
         """Let held answers go on."""
@@ -113,6 +119,11 @@ class Proxy:
     def flow(self) -> None:
         """Carry everything again, also what was held."""
         self._flowing.set()
+
+    def lead_to(self, database_url: str) -> None:
+        """Answer with another server from now on; connections to the one before are cut."""
+        self._target = _address_of(database_url)
+        self.cut()
 
     def delay(self, seconds: float) -> None:
         """Carry what the server says that much later: a round trip takes as long."""
@@ -168,8 +179,9 @@ class Proxy:
             # Until the startup message there are none but such without a type: requests for encryption, cancel requests.
             message = await _read_message(reader, typed=started)
             started = started or struct.unpack_from("!H", message, 4)[0] == _PROTOCOL_3
-            if link.read(message) and self._faults:
-                link.fault = self._faults.pop(0)
+            commits = link.read(message)
+            if self._is_the_statement(message) or (commits and self._faults):
+                link.fault = self._faults.pop(0) if self._faults else self._statement_fault
                 if link.fault in (CommitFault.LOSE_COMMIT, CommitFault.HOLD_COMMIT):
                     self.faults_done += 1
                     if link.fault is CommitFault.LOSE_COMMIT:
@@ -179,6 +191,13 @@ class Proxy:
                     link.fault = None
             await self._flowing.wait()
             link.server.write(message)
+
+    def _is_the_statement(self, message: bytes) -> bool:
+        """Whether a client's message is the statement that was waited for: a Bind or a simple Query."""
+        if not self._statements_left or message[:1] not in (b"B", b"Q"):
+            return False
+        self._statements_left -= 1
+        return self._statements_left == 0
 
     async def _carry_down(self, reader: asyncio.StreamReader, link: _Link) -> None:
         first = await reader.readexactly(1)
@@ -209,6 +228,13 @@ class Proxy:
     async def _forward(self, message: bytes, link: _Link) -> None:
         await self._flowing.wait()
         asyncio.get_running_loop().call_later(self._delay_seconds, link.client.write, message)
+
+
+def _address_of(database_url: str) -> tuple[str, int]:
+    url = make_url(database_url)
+    assert url.host is not None
+    assert url.port is not None
+    return url.host, url.port
 
 
 async def _read_message(reader: asyncio.StreamReader, *, typed: bool) -> bytes:
