@@ -4,11 +4,12 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from time import monotonic
 from typing import Final
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
@@ -22,6 +23,10 @@ _SCHEMA_POLL_SECONDS: Final = 0.5
 _DATABASE_POLL_SECONDS: Final = 1.0
 # What `?exclude=` of a request for readiness can name.
 _DATABASE: Final = "database"
+
+BUILD: Final = Gauge(
+    "payouts_build_info", "1, of the release that runs here and the schema it was written for", ["version", "schema"]
+)
 
 
 class Readiness:
@@ -118,8 +123,9 @@ async def metrics(_request: web.Request) -> web.Response:
 
 
 @asynccontextmanager
-async def admin_server(settings: Settings, readiness: Readiness) -> AsyncIterator[None]:
+async def admin_server(settings: Settings, readiness: Readiness, *, schema_revision: str) -> AsyncIterator[None]:
     """Serve the admin port while the context lasts, if there shall be one."""
+    BUILD.labels(version("payouts"), schema_revision).set(1)
     if settings.admin_port == 0:
         yield
         return

@@ -24,13 +24,14 @@ KEEPALIVE_SECONDS = 75
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then finish what was begun."""
     readiness = Readiness(silence_seconds_max=settings.ready_silence_seconds_max)
-    app = create_app(settings, readiness, schema_revision=newest_revision())
+    schema_revision = newest_revision()
+    app = create_app(settings, readiness, schema_revision=schema_revision)
     runner = GatewayRunner(app, keepalive_timeout=KEEPALIVE_SECONDS, shutdown_timeout=settings.drain_seconds)
     stop = stop_requested()
     await runner.setup()
     try:
         await web.TCPSite(runner, settings.host, settings.port, reuse_port=True).start()
-        async with admin_server(settings, readiness):
+        async with admin_server(settings, readiness, schema_revision=schema_revision):
             get_logger().info(LogEvent.PROCESS_STARTED, port=settings.port)
             await stop.wait()
             readiness.leave()

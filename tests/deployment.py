@@ -28,6 +28,7 @@ PROCESSES: Final = {"gateway": ["payouts-gateway"]} | {role: ["payouts-worker", 
 
 # A release by its numbers, or a digest: what is pulled tomorrow is what was looked at.
 _PINNED: Final = re.compile(r".+(:[a-z]*[0-9]+\.[0-9]+(\.[0-9]+)?(-[a-z0-9.-]+)?|@sha256:[0-9a-f]{64})", re.ASCII)
+_SUFFIXES: Final = {"counter": ("_total",), "histogram": ("_count", "_sum", "_bucket")}
 _METRIC: Final = re.compile(r"\b(?:payouts|process|rabbitmq)_[a-z_]+")
 
 
@@ -70,7 +71,7 @@ def metrics_in(query: str) -> set[str]:
 
 def product_metrics() -> set[str]:
     """The names under which Prometheus sees what our processes tell."""
-    return {f"{metric.name}_total" if metric.type == "counter" else metric.name for metric in REGISTRY.collect()}
+    return {f"{metric.name}{suffix}" for metric in REGISTRY.collect() for suffix in _SUFFIXES.get(metric.type, ("",))}
 
 
 def walk(document: Any) -> Iterator[Any]:

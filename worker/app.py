@@ -13,6 +13,7 @@ from common.errors import Transient
 from common.log import LogEvent, get_logger
 from common.messaging.consumer import Consumer
 from common.messaging.link import Link
+from common.messaging.parking import ParkedCount
 from common.messaging.publisher import Publisher
 from common.messaging.topology import Topology, Work
 from common.process import end_tasks, stop_requested
@@ -67,6 +68,7 @@ class Worker:
         self._topology = topology
         self._publisher = Publisher(topology)
         self._consumers: dict[Work, Consumer] = {}
+        self._parked_count: ParkedCount | None = None
         self.roles: dict[str, Role] = {}
 
     async def open(self, resources: AsyncExitStack, engine: Engine, roles: Sequence[str]) -> None:
@@ -111,6 +113,7 @@ class Worker:
                 self._topology, Work.CALLBACK, deliverer.claim_messages, self._publisher
             )
         if "sweep" in roles:
+            self._parked_count = ParkedCount(self._topology)
             self.roles["sweep"] = Sweeper(engine, tell=self._tell)
             self.roles["check"] = Checker(engine)
             self.roles["keep"] = Keeper(engine, keep_days=settings.callback_attempts_keep_days)
@@ -122,7 +125,8 @@ class Worker:
             return []
         urls = self._settings.amqp_urls
         consuming = [Link(f"consume {work.name.lower()}", urls, c.session) for work, c in self._consumers.items()]
-        return [Link("publish", urls, self._publisher.session), *consuming]
+        counting = [] if self._parked_count is None else [Link("count parked", urls, self._parked_count.session)]
+        return [Link("publish", urls, self._publisher.session), *consuming, *counting]
 
     def pause_seconds(self, role: str) -> float:
         """How long a role rests when there was nothing to do."""
@@ -160,7 +164,7 @@ async def run_worker(settings: Settings, roles: Sequence[str], *, schema_revisio
     stop = stop_requested()
     readiness = Readiness(silence_seconds_max=settings.ready_silence_seconds_max)
     async with AsyncExitStack() as resources:
-        await resources.enter_async_context(admin_server(settings, readiness))
+        await resources.enter_async_context(admin_server(settings, readiness, schema_revision=schema_revision))
         engine = create_engine(
             settings,
             role="payouts_worker",

@@ -14,12 +14,14 @@ from typing import Final
 from uuid import UUID, uuid4
 from weakref import WeakValueDictionary
 
+from prometheus_client import Histogram
+
 from common import tracing
 from common.batching import Batcher
 from common.db.callbacks import Event
 from common.db.due import Claim, Claimed, find_rails_gone
 from common.db.engine import Engine, in_transaction
-from common.domain.ids import PAYOUT, render_id
+from common.domain.ids import PAYOUT, made_at, render_id
 from common.errors import AccountBusy, PayoutsError, Transient
 from common.log import LogEvent, get_logger, since_ms
 from common.messaging.codec import WorkMessage
@@ -49,6 +51,19 @@ _BUSY_TURN_SECONDS: Final = 0.2
 _HEAR_SECONDS: Final = 0.2
 # How often rails are looked for that have payouts and no longer exist.
 _NO_ROUTE_SECONDS: Final = 5.0
+
+CALL_SECONDS: Final = Histogram(
+    "payouts_rail_call_seconds",
+    "How long calls to rails took, by what they asked and what was answered",
+    ["rail", "action", "outcome"],
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 60.0),
+)
+SETTLED_SECONDS: Final = Histogram(
+    "payouts_settled_seconds",
+    "How long payouts took from their acceptance until they ended by the word of a rail, or of operators",
+    ["outcome"],
+    buckets=(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0, 86400.0),
+)
 
 
 class Settler:
@@ -111,6 +126,7 @@ class Settler:
         if monotonic() < self._hear_at:
             return False
         heard = await hear(self._engine, self._settings.patience)
+        _note_settled(heard.events)
         self._tell(heard.events)
         if heard.count == 0:
             self._hear_at = monotonic() + _HEAR_SECONDS
@@ -235,6 +251,7 @@ class Settler:
                     answer = await self._ask(rail, call)
                     asking.note({"payouts.outcome": answer.outcome, "payouts.failure": answer.failure_code})
                 rail_ms = since_ms(started)
+                CALL_SECONDS.labels(name, call.action, answer.outcome).observe(rail_ms / 1000)
                 with span.child("record"):
                     await self._keep(Ended(call, answer))
                 failure = ""
@@ -307,6 +324,7 @@ class Settler:
             attempts_max=_RECORD_ATTEMPTS_MAX,
         )
         note_discrepancies(recorded.discrepancies)
+        _note_settled(recorded.events)
         self._tell(recorded.events)
         return [item.call.payout.id not in recorded.busy for item in ended]
 
@@ -343,6 +361,14 @@ def _log_attempt(call: Call, answer: Answer, failure: str | None, started: float
         duration_ms=since_ms(started),
         trace_id=tracing.trace_id_of(call.payout.traceparent),
     )
+
+
+def _note_settled(events: Iterable[Event]) -> None:
+    """How long it took; both ids tell when they were made."""
+    for event in events:
+        if event.payout_id is not None:
+            outcome = event.type.rpartition(".")[2]
+            SETTLED_SECONDS.labels(outcome).observe(max(0.0, made_at(event.id) - made_at(event.payout_id)))
 
 
 def _name(error: Exception) -> str:

@@ -4,12 +4,13 @@ and how much waits for people.
 
 import math
 from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import Final
 
 from prometheus_client import Gauge
 
 from common.canceling import expire_page
-from common.db.ages import find_ages
+from common.db.ages import find_ages, find_load
 from common.db.callbacks import Event
 from common.db.due import FIRST_TO_EXPIRE, Expiring
 from common.db.engine import Engine, in_transaction
@@ -36,8 +37,17 @@ OLDEST_VERIFYING: Final = Gauge(
 )
 OPEN_DISCREPANCIES: Final = Gauge("payouts_open_discrepancies", "Words of rails against what we know, for people")
 OPEN_RESOLUTIONS: Final = Gauge("payouts_open_resolutions", "What one operator said and another has not confirmed")
+CONNECTIONS: Final = Gauge("payouts_database_connections", "Connections to the database's server, of everybody")
+CONNECTIONS_MAX: Final = Gauge("payouts_database_connections_max", "How many it takes")
+OLDEST_TRANSACTION: Final = Gauge(
+    "payouts_database_oldest_transaction_age_seconds",
+    "For how long, as this process has seen, the oldest transaction that writes has been open; 0 when none is",
+)
 # Until a sweep has looked, and in processes that never do, nothing is known.
-for gauge in (OLDEST_PAYOUT, OLDEST_CALLBACK, VERIFYING, OLDEST_VERIFYING, OPEN_DISCREPANCIES, OPEN_RESOLUTIONS):
+for gauge in (
+    *(OLDEST_PAYOUT, OLDEST_CALLBACK, VERIFYING, OLDEST_VERIFYING, OPEN_DISCREPANCIES, OPEN_RESOLUTIONS),
+    *(CONNECTIONS, CONNECTIONS_MAX, OLDEST_TRANSACTION),
+):
     gauge.set(math.nan)
 
 
@@ -47,6 +57,8 @@ class Sweeper:
     def __init__(self, engine: Engine, *, tell: Tell = lambda _: None) -> None:
         self._engine = engine
         self._tell = tell
+        self._oldest_transaction: int | None = None
+        self._oldest_since = 0.0
 
     async def run_round(self) -> bool:
         """Sweep once. There is never more to do at once."""
@@ -64,7 +76,16 @@ class Sweeper:
         OLDEST_VERIFYING.set(doubts.verifying_seconds)
         OPEN_DISCREPANCIES.set(doubts.discrepancies)
         OPEN_RESOLUTIONS.set(doubts.resolutions)
+        await self._look_at_server()
         return False
+
+    async def _look_at_server(self) -> None:
+        load = await in_transaction(self._engine, find_load)
+        CONNECTIONS.set(load.connections)
+        CONNECTIONS_MAX.set(load.connections_max)
+        if load.oldest_transaction != self._oldest_transaction:
+            self._oldest_transaction, self._oldest_since = load.oldest_transaction, monotonic()
+        OLDEST_TRANSACTION.set(0.0 if load.oldest_transaction is None else monotonic() - self._oldest_since)
 
     def leave(self) -> None:
         """There is nothing that could be left alone."""

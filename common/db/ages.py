@@ -1,4 +1,4 @@
-"""How long the oldest work has been waiting: what scaling and alarms look at."""
+"""What scaling and alarms look at: how long the oldest work has been waiting, and how the server of the database stands."""
 
 from dataclasses import dataclass
 
@@ -51,3 +51,31 @@ async def find_ages(tx: Tx) -> Ages:
     """The ages now, in seconds."""
     row = (await tx.execute(_AGES)).one()
     return Ages(row.payout_seconds, row.callback_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Connections to the server, how many it takes, and the id of the oldest transaction that writes; None when none does."""
+
+    connections: int
+    connections_max: int
+    oldest_transaction: int | None
+
+
+# When it began only its own login may see; its id, which holds back the feed and vacuum, everybody may.
+# Source: PostgreSQL, "Transaction ID and Snapshot Information Functions".
+_LOAD = text(
+    """
+    SELECT (SELECT sum(numbackends) FROM pg_stat_database)::int AS connections,
+           current_setting('max_connections')::int AS connections_max,
+           CASE WHEN pg_snapshot_xmin(s.now) < pg_snapshot_xmax(s.now)
+                THEN CAST(CAST(pg_snapshot_xmin(s.now) AS text) AS bigint) END AS oldest_transaction
+      FROM (SELECT pg_current_snapshot() AS now) s
+    """
+)
+
+
+async def find_load(tx: Tx) -> Load:
+    """How the server stands now."""
+    row = (await tx.execute(_LOAD)).one()
+    return Load(row.connections, row.connections_max, row.oldest_transaction)

@@ -29,6 +29,11 @@ def first_id(seconds: float) -> UUID:
     return UUID(int=min(max(0, int(seconds * 1000)), _MILLISECONDS_MAX) << 80)
 
 
+def made_at(value: UUID) -> float:
+    """When an id of ours was made, in Unix seconds, by the clock of the machine that made it."""
+    return (value.int >> 80) / 1000
+
+
 def render_id(prefix: str, value: UUID) -> str:
     """The public form of an id: prefix, underscore, 26 characters that sort as the id does."""
     number = value.int

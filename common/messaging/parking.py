@@ -4,6 +4,7 @@ A parked message is a pointer at work that PostgreSQL owns: whatever becomes of 
 """
 
 import asyncio
+import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,14 +21,16 @@ from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import InvalidFrameError
 from pamqp.commands import Basic
 from pamqp.encode import field_table
+from prometheus_client import Gauge
 
-from common.messaging.topology import Topology
+from common.messaging.topology import DECLARE_TIMEOUT_SECONDS, Topology, find_or_declare
 
 REASON: Final = "x-parked-reason"
 FROM: Final = "x-parked-from"
 # A look gives a message back. RabbitMQ 4 counts that, and drops what comes to 20: before that it is put back as a new one.
 LOOKS_MAX: Final = 10
 _CONFIRM_SECONDS: Final = 10.0
+_COUNT_INTERVAL_SECONDS: Final = 5.0
 _BACK_SECONDS: Final = 1.0
 _BACK_POLL_SECONDS: Final = 0.02
 _DEATHS: Final = "x-death"
@@ -36,6 +39,10 @@ _DELIVERIES: Final = ("x-delivery-count", "x-acquired-count")
 _ROUTING: Final = ("CC", "BCC")
 _OURS: Final = (REASON, FROM)
 _BROKERS: Final = ("x-first-death-", "x-last-death-", _DEATHS, *_DELIVERIES)
+
+PARKED: Final = Gauge("payouts_messages_parked", "Messages that were put aside and wait for people")
+# In processes that never count, and while the broker is away, nothing is known.
+PARKED.set(math.nan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,27 @@ async def count_parked(channel: AbstractChannel, topology: Topology) -> int:
     """How many messages are parked and not being looked at. Raises: `aiormq.exceptions.ChannelNotFoundEntity`."""
     queue = await channel.declare_queue(topology.parked, passive=True)
     return queue.declaration_result.message_count or 0
+
+
+class ParkedCount:
+    """Tells how many messages are parked, again and again, as long as there is a connection."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+
+    async def session(self, connection: AbstractConnection, report: Callable[[bool], None]) -> None:
+        """Count over this connection until it breaks. Raises: whatever broke it."""
+        async with asyncio.timeout(DECLARE_TIMEOUT_SECONDS):
+            await find_or_declare(connection, self._topology, [self._topology.parked])
+            channel = await connection.channel(publisher_confirms=False)
+        report(True)
+        try:
+            while True:
+                async with asyncio.timeout(DECLARE_TIMEOUT_SECONDS):
+                    PARKED.set(await count_parked(channel, self._topology))
+                await asyncio.sleep(_COUNT_INTERVAL_SECONDS)
+        finally:
+            PARKED.set(math.nan)
 
 
 class UndecodableParked(Exception):

@@ -49,7 +49,8 @@ class Role:
 # Whoever takes messages writes to the exchange as well: to tell of further work, to put aside, to replay.
 ROLES: Final = (
     Role("gateway", write=r"payouts", read=""),
-    Role("worker", write=r"payouts", read=r"payouts\.(settle|callbacks)\.[0-9]+"),
+    # To count what is parked takes some right on that queue, since RabbitMQ 4.3; this one lets nobody take or put anything.
+    Role("worker", write=r"payouts(\.parked)?", read=r"payouts\.(settle|callbacks)\.[0-9]+"),
     Role("ops", write=r"payouts", read=r"payouts\.parked", tags="management"),
 )
 

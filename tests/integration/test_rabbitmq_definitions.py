@@ -198,7 +198,7 @@ async def test_a_role_finds_what_is_there_and_may_not_make_what_is_missing(impor
         with pytest.raises(ChannelAccessRefused):
             await find_or_declare(connection, Topology("missing.", 1))
     async with connection_of(imported, "worker") as connection:
-        await find_or_declare(connection, TOPOLOGY, (SETTLE, CALLBACKS))
+        await find_or_declare(connection, TOPOLOGY, (SETTLE, CALLBACKS, TOPOLOGY.parked))
 
 
 async def test_a_login_of_its_own_makes_what_is_missing(broker: Broker, amqp_prefix: str) -> None:
@@ -226,7 +226,11 @@ def test_rights_stay_within_the_queue_prefix() -> None:
     done = json.loads(render_users(PAYOUTS_AMQP_QUEUE_PREFIX="tenant.a-", RABBITMQ_VHOST="shared").stdout)
 
     assert {permission["vhost"] for permission in done["permissions"]} == {"shared"}
-    assert [permission["write"] for permission in done["permissions"]] == [r"^tenant\.a\-payouts$"] * len(PASSWORDS)
+    assert {permission["user"]: permission["write"] for permission in done["permissions"]} == {
+        "payouts-gateway": r"^tenant\.a\-payouts$",
+        "payouts-worker": r"^tenant\.a\-payouts(\.parked)?$",
+        "payouts-ops": r"^tenant\.a\-payouts$",
+    }
     assert not any(password in json.dumps(done) for password in PASSWORDS.values())
 
 

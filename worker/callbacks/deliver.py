@@ -17,7 +17,7 @@ from typing import Final
 from uuid import UUID, uuid4
 
 from aiohttp import ClientSession
-from prometheus_client import Counter
+from prometheus_client import Counter, Histogram
 
 from common import tracing
 from common.batching import Batcher
@@ -36,7 +36,7 @@ from common.db.lanes import (
     wake_lanes,
 )
 from common.db.webhook_secrets import SealedWebhookSecret, find_webhook_secrets
-from common.domain.ids import EVENT, PAYIN, PAYOUT, render_id
+from common.domain.ids import EVENT, PAYIN, PAYOUT, made_at, render_id
 from common.domain.lane import SLOW_MILLISECONDS
 from common.errors import AccountBusy, Transient
 from common.log import LogEvent, get_logger
@@ -69,6 +69,17 @@ _LANDING_WAIT_SECONDS: Final = 0.02
 
 LEASES_LAPSED: Final = Counter(
     "payouts_callback_leases_lapsed", "Callbacks given back because their worker was silent for too long"
+)
+ATTEMPT_SECONDS: Final = Histogram(
+    "payouts_callback_attempt_seconds",
+    "How long attempts to deliver took, by what came of them",
+    ["outcome"],
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 17.0),
+)
+DELIVERED_SECONDS: Final = Histogram(
+    "payouts_callback_delivered_seconds",
+    "How long callbacks took from their event until their receiver took them",
+    buckets=(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0, 86400.0),
 )
 
 
@@ -317,6 +328,10 @@ class Deliverer:
             span.note({"http.request.method": "POST", "http.response.status_code": status})
             if error is not None:
                 span.fail(error)
+        if attempt is not None:
+            ATTEMPT_SECONDS.labels(error or "delivered").observe(attempt.duration_ms / 1000)
+        if error is None:
+            DELIVERED_SECONDS.observe(max(0.0, time.time() - made_at(callback.event_id)))
         await self._submit(Ended(callback, token, attempt, monotonic(), random.random() if attempt else 0.0))  # noqa: S311 jitter
         get_logger().info(
             LogEvent.CALLBACK_ATTEMPTED,

@@ -71,6 +71,7 @@ class Registry(Mapping[str, Rail]):
         except SealBroken as error:
             get_logger().error(LogEvent.RAIL_UNUSABLE, rail=row.name, kind=row.kind, error=str(error))
             return None
+        BREAKER_OPEN.labels(rail=row.name).set(0)
         return HttpRail(
             session=self._session,
             base_url=URL(row.base_url, encoded=True),
