@@ -3,7 +3,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test torment bench plants check lint types fmt reset venv
+.PHONY: help run demo test torment bench alarms plants check lint types fmt reset venv
 
 help: ## Show this.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile | expand -t 16
@@ -23,6 +23,9 @@ torment: venv ## 10,000 payouts through a bank in its worst mood while processes
 bench: venv ## Measure the product beside what is possible here; ARGS="accept", "latency settle", …; ARGS=--help.
 	@sh ops/bootstrap.sh bench
 	@$(PYTHON) -m bench $(ARGS)
+
+alarms: venv ## Provoke every alarm by its page of deploy/runbook, and see it fire and end; ARGS="RailSilent" chooses.
+	@$(PYTHON) -m tests.runbook $(ARGS)
 
 plants: venv ## Plant the faults that would cost money, one by one; each must turn a test red.
 	@$(PYTHON) -m tests.plants $(ARGS)

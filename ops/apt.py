@@ -1,4 +1,6 @@
-"""RabbitMQ for a Debian or Ubuntu that has none, by apt-get, without a service that runs or will run because of us."""
+"""What a Debian or Ubuntu does not have, by apt-get: RabbitMQ installed, without a service that runs or will run because of
+us; other programs unpacked into a folder of ours.
+"""
 
 import fcntl
 import os
@@ -7,6 +9,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 from ops.servers import ServerFailed
@@ -37,9 +40,36 @@ def is_debian() -> bool:
     return _DEBIAN.exists() and shutil.which("apt-get") is not None
 
 
+def may_fetch(environ: Mapping[str, str]) -> bool:
+    """Whether packages can be had, and nobody said that we must not."""
+    return is_debian() and environ.get(NO_INSTALL, "0") in ("", "0")
+
+
 def may_install(environ: Mapping[str, str]) -> bool:
     """Whether we can, and nobody said that we must not."""
-    return os.geteuid() == 0 and is_debian() and environ.get(NO_INSTALL, "0") in ("", "0")
+    return os.geteuid() == 0 and may_fetch(environ)
+
+
+def fetch(package: str, folder: Path) -> None:
+    """Have a package's files in `folder`, which then is there as a whole; nothing is installed, nobody need be root. Blocks.
+
+    Raises: `ServerFailed` with the end of what apt-get said.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as work:
+        try:
+            _run("apt-get", "-q", "download", package, folder=work)
+        except ServerFailed:
+            if os.geteuid() != 0:
+                raise
+            # Nobody has asked yet what packages there are.
+            _run("apt-get", "-q", "update")
+            _run("apt-get", "-q", "download", package, folder=work)
+        (archive,) = Path(work).glob("*.deb")
+        unpacked = Path(work, "unpacked")
+        _run("dpkg-deb", "--extract", str(archive), str(unpacked))
+        if not folder.exists():
+            unpacked.replace(folder)
 
 
 def install() -> None:
@@ -80,13 +110,14 @@ def _is_wanted(unit: str) -> bool:
     return os.path.lexists(_WANTED / unit)
 
 
-def _run(*command: str) -> None:
+def _run(*command: str, folder: str | None = None) -> None:
     """Out of reach of Ctrl-C: a package that is half installed helps nobody."""
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        cwd=folder,
         env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
         start_new_session=True,
         check=False,
