@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from time import monotonic
 from typing import Final
@@ -13,7 +14,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from common.db.engine import Engine, in_transaction
+from common.db.engine import Engine, Tx, in_transaction
+from common.db.recovering import awaits_recovery
 from common.errors import Transient
 from common.log import LogEvent, get_logger
 from common.messaging.link import Link
@@ -23,6 +25,9 @@ _SCHEMA_POLL_SECONDS: Final = 0.5
 _DATABASE_POLL_SECONDS: Final = 1.0
 # What `?exclude=` of a request for readiness can name.
 _DATABASE: Final = "database"
+# What is waited for.
+_SCHEMA: Final = "the database's schema"
+_RECOVERY: Final = "`payouts recover`: the database was restored"
 
 BUILD: Final = Gauge(
     "payouts_build_info", "1, of the release that runs here and the schema it was written for", ["version", "schema"]
@@ -30,15 +35,14 @@ BUILD: Final = Gauge(
 
 
 class Readiness:
-    """Whether work may be sent here: the schema is the one this code was written for, the database answers, and we are not
-    leaving.
+    """Whether work may be sent here: the database is one this code can work with now, it answers, and we are not leaving.
 
     `silence_seconds_max`: how long the database may give no answer until we are not ready.
     """
 
     def __init__(self, *, silence_seconds_max: float) -> None:
         self._silence_seconds_max = silence_seconds_max
-        self._schema_fits = False
+        self._waits_for: str | None = _SCHEMA
         self._answered_at = -math.inf
         self._leaving = False
         self._links: Collection[Link] = ()
@@ -52,8 +56,8 @@ class Readiness:
         """Why not ready, or None. `of_database` False: its silence is none."""
         if self._leaving:
             return "leaving"
-        if not self._schema_fits:
-            return "waiting for the database's schema"
+        if self._waits_for is not None:
+            return f"waiting for {self._waits_for}"
         silent = monotonic() - self._answered_at > self._silence_seconds_max
         return "the database does not answer" if of_database and silent else None
 
@@ -73,23 +77,23 @@ class Readiness:
         """No more work, please."""
         self._leaving = True
 
-    async def wait_for_schema(self, engine: Engine, revision: str) -> None:
-        """Return once the database answers and has that revision."""
-        while not self._schema_fits:
+    async def wait_for_database(self, engine: Engine, revision: str) -> None:
+        """Return once the database answers, has that revision, and does not wait for `payouts recover`."""
+        while self._waits_for is not None:
             try:
-                found = await in_transaction(
-                    engine, lambda tx: tx.scalar(text("SELECT version_num FROM alembic_version"))
-                )
-                self._schema_fits, self._answered_at = found == revision, monotonic()
+                waits_for = await in_transaction(engine, partial(_find_obstacle, revision=revision))
+                if waits_for == _RECOVERY != self._waits_for:
+                    get_logger().error(LogEvent.DATABASE_RESTORED)
+                self._waits_for, self._answered_at = waits_for, monotonic()
             except (Transient, DBAPIError) as error:
                 # No table or no role yet: somebody has still to migrate.
                 get_logger().warning(LogEvent.ROUND_FAILED, round="schema", error=type(error).__name__)
-            if not self._schema_fits:
+            if self._waits_for is not None:
                 await asyncio.sleep(_SCHEMA_POLL_SECONDS)
 
     async def watch_database(self, engine: Engine, revision: str) -> None:
         """Wait for the schema, then ask the database again and again whether it still answers, for ever."""
-        await self.wait_for_schema(engine, revision)
+        await self.wait_for_database(engine, revision)
         while True:
             try:
                 async with asyncio.timeout(self._silence_seconds_max):
@@ -98,6 +102,12 @@ class Readiness:
             except (Transient, DBAPIError, TimeoutError) as error:
                 get_logger().warning(LogEvent.ROUND_FAILED, round="readiness", error=type(error).__name__)
             await asyncio.sleep(_DATABASE_POLL_SECONDS)
+
+
+async def _find_obstacle(tx: Tx, revision: str) -> str | None:
+    if await tx.scalar(text("SELECT version_num FROM alembic_version")) != revision:
+        return _SCHEMA
+    return _RECOVERY if await awaits_recovery(tx) else None
 
 
 async def livez(_request: web.Request) -> web.Response:

@@ -50,6 +50,7 @@ class LogEvent(StrEnum):
     ROUND_FAILED = "round.failed"
     SPANS_LOST = "spans.lost"
     TRACING_MISSING = "tracing.missing"
+    DATABASE_RESTORED = "database.restored"
     INVARIANT_BROKEN = "invariant.broken"
 
 

@@ -7,7 +7,7 @@ from aiohttp import web
 from common.db.engine import READ_ATTEMPTS_MAX, Tx, in_transaction
 from common.db.merchants import Shop
 from common.db.payouts import PastMove, Payout, find_moves, find_payout
-from common.domain.ids import new_id
+from common.domain.ids import new_payout_id
 from common.domain.payout import mask_recipient
 from common.errors import PayoutNotFound
 from common.recipients import Recipient, seal_recipient
@@ -102,7 +102,7 @@ def place_order(
     Raises: as `judge_terms`.
     """
     amount_minor = judge_terms(shop, create, settings)
-    payout_id = new_id()
+    payout_id = new_payout_id()
     recipient = Recipient(create.recipient, create.payment_data)
     return Order(
         id=payout_id,

@@ -1,7 +1,9 @@
 """Where the stack on this machine has its database: `DATABASE_URL` when it is set, else a cluster of its own."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from sqlalchemy import text
@@ -49,9 +51,14 @@ def _cause(error: BaseException) -> str:
 
 
 def own_database(folder: Path) -> OwnServer:
-    """The cluster of this checkout. Blocks for a moment. Raises: `ServerFailed`."""
+    """The server of this checkout. Blocks for a moment. Raises: `ServerFailed`."""
+    return OwnServer(NAME, own_cluster(folder))
+
+
+def own_cluster(folder: Path, settings: Mapping[str, str] = MappingProxyType({})) -> Cluster:
+    """The cluster of this checkout, with more settings of PostgreSQL's own. Blocks for a moment. Raises: `ServerFailed`."""
     home = find_or_choose_home(_record(folder), lambda: choose_home(folder / "postgres"), _remove)
-    return OwnServer(NAME, Cluster(home, _log(folder)))
+    return Cluster(home, _log(folder), settings=settings)
 
 
 def stop_leftover(folder: Path) -> list[str]:

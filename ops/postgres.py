@@ -10,9 +10,11 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import psutil
@@ -55,13 +57,17 @@ class Cluster:
     """One cluster in `home`, a folder that is made here. Blocks; for one thread.
 
     Only the data in it belong to the server's account, so that root never writes where somebody else may.
-    `durable=False` gives up what only a loss of power shows, for speed; a killed server loses nothing either way.
+    `durable=False` gives up what only a loss of power shows, for speed; a killed server loses nothing either way. `settings`:
+    more of PostgreSQL's own, by name.
     """
 
-    def __init__(self, home: Path, log: Path, *, durable: bool = True) -> None:
+    def __init__(
+        self, home: Path, log: Path, *, durable: bool = True, settings: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.home = home
         self._log = log
         self._durable = durable
+        self._settings = settings
         self._account = _account()
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
@@ -132,6 +138,23 @@ class Cluster:
             self._process.wait()
             self._process = None
 
+    def make_folder(self, name: str) -> Path:
+        """A folder in `home` that the server's account writes to."""
+        make_home(self.home, self._account)
+        folder = self.home / name
+        folder.mkdir(mode=0o700)
+        self._account.give(folder)
+        return folder
+
+    def run_script(self, script: Path, environment: Mapping[str, str]) -> None:
+        """Run a shell script as the server's account, with PostgreSQL's programs at hand. Raises: `ServerFailed`."""
+        path = f"{self._server()}{os.pathsep}{os.defpath}"
+        self._run(["sh", "-s"], script.read_text(), {"PATH": path, **environment})
+
+    def lose_data(self) -> None:
+        """What a lost disk does to a server that does not run."""
+        shutil.rmtree(self._data)
+
     @property
     def _data(self) -> Path:
         return self.home / "data"
@@ -177,7 +200,7 @@ class Cluster:
         )
         unfinished.rename(self._data)
 
-    def _run(self, command: list[str], text: str = "") -> None:
+    def _run(self, command: list[str], text: str = "", environment: Mapping[str, str] = MappingProxyType({})) -> None:
         with self._log.open("ab") as log:
             done = subprocess.run(
                 command,
@@ -185,7 +208,7 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 cwd=self.home,
-                env=_ENVIRONMENT,
+                env={**_ENVIRONMENT, **environment},
                 check=False,
                 **self._account.popen_arguments(),
             )
@@ -221,6 +244,7 @@ class Cluster:
             "timezone": "UTC",
             "log_timezone": "UTC",
             **({} if self._durable else _NOT_DURABLE),
+            **self._settings,
         }
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         with self._log.open("ab") as log:

@@ -90,8 +90,8 @@ PLANTS: Final = (
     Plant(
         "a resend has a new reference",
         "worker/claiming.py",
-        "render_id(PAYOUT, payout.id) if history is None else history.reference",
-        "render_id(PAYOUT, token)",
+        "reference=_reference_of(payout, history)",
+        "reference=render_id(PAYOUT, claim.token)",
         (_SETTLEMENT,),
     ),
     Plant(

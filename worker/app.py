@@ -175,7 +175,7 @@ async def run_worker(settings: Settings, roles: Sequence[str], *, schema_revisio
         worker = Worker(settings)
         await worker.open(resources, engine, roles)
         get_logger().info(LogEvent.PROCESS_STARTED, roles=list(roles))
-        schema = asyncio.create_task(readiness.wait_for_schema(engine, schema_revision))
+        schema = asyncio.create_task(readiness.wait_for_database(engine, schema_revision))
         resources.callback(schema.cancel)
         await _first(schema, stop)
         watching = asyncio.create_task(readiness.watch_database(engine, schema_revision))

@@ -9,6 +9,7 @@ from common.db.due import (
     Claim,
     Claimed,
     FinishedAttempt,
+    History,
     NewAttempt,
     append_attempts,
     claim_due,
@@ -18,8 +19,8 @@ from common.db.due import (
     reschedule_due,
 )
 from common.db.engine import Tx
-from common.db.payouts import Move, lock_payouts, save_moves
-from common.domain.ids import PAYOUT, render_id
+from common.db.payouts import LockedPayout, Move, lock_payouts, save_moves
+from common.domain.ids import PAYOUT, payout_reference, render_id
 from common.domain.payout import State
 from common.domain.schedule import USUAL_PATIENCE, Patience
 from common.log import LogEvent, get_logger
@@ -90,8 +91,7 @@ async def claim_calls(
                 rail=claim.rail,
                 action=SUBMIT if payout.state is State.QUEUED else LOOK_UP,
                 attempt_no=1 if history is None else history.attempt_no + 1,
-                # One reference for the payout's whole life.
-                reference=render_id(PAYOUT, payout.id) if history is None else history.reference,
+                reference=_reference_of(payout, history),
                 history=history,
                 token=claim.token,
                 start_until=start_until,
@@ -112,3 +112,10 @@ async def claim_calls(
     for payout_id in abandoned:
         get_logger().warning(LogEvent.PAYOUT_LEASE_EXPIRED, payout_id=render_id(PAYOUT, payout_id))
     return claimed, calls
+
+
+def _reference_of(payout: LockedPayout, history: History | None) -> str:
+    """One reference for the payout's whole life: that of its first attempt."""
+    if history is not None:
+        return history.reference
+    return payout_reference(payout.id, payout.shop_id, payout.external_id)

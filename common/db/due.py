@@ -89,7 +89,7 @@ _LAST_ATTEMPTS = text(
               coalesce(bool_or(outcome = 'submitted'), false) AS was_taken,
               max(attempt_no) FILTER (WHERE finished_at IS NULL) AS open_no,
               coalesce(bool_or(outcome = 'declined'), false) AS was_declined,
-              coalesce(extract(epoch FROM now() - max(started_at) FILTER (WHERE action = 'submit')), 0)::float8
+              coalesce(extract(epoch FROM now() - max(started_at) FILTER (WHERE action IN ('submit', 'restore'))), 0)::float8
                 AS submitted_seconds_ago
          FROM payout_attempts WHERE payout_id = wanted.payout_id) a
      WHERE a.attempt_no IS NOT NULL
@@ -289,7 +289,7 @@ class History:
     """What was tried for a payout so far. `was_taken`, `was_declined`: the rail said once that it had taken, or declined it.
 
     `open_no`: the attempt that nobody has finished yet; words of the rail may have come since. `submitted_seconds_ago`: when
-    the last submit began, by the database's clock.
+    the last submit began, by the database's clock; or when it was restored, for it has forgotten later ones.
     """
 
     attempt_no: int

@@ -432,6 +432,20 @@ callback_replays = Table(
     _optional("finished_at", _TIME),
 )
 
+recoveries = Table(
+    "recoveries",
+    metadata,
+    _required("id", BigInteger()),
+    _required("restored", Text()),
+    _required("audit_id", BigInteger()),
+    _required("began_at", _TIME),
+    _required("behind", Uuid()),
+    _required("payouts", BigInteger()),
+    _required("payins_behind", Uuid()),
+    _required("payins", BigInteger()),
+    _optional("finished_at", _TIME),
+)
+
 checks = Table(
     "checks",
     metadata,

@@ -1,5 +1,6 @@
 """Ids: UUIDv7 inside (RFC 9562, time-ordered, kind to B-trees), a typed lower-case form outside (`po_01jeb7…`)."""
 
+from hashlib import sha256
 from typing import Final
 from uuid import UUID
 
@@ -16,9 +17,31 @@ PAYIN: Final = "pi"
 EVENT: Final = "evt"
 
 
+# The bits of a UUID that name its version, and the version that is free for meanings of one's own (RFC 9562, section 5.8).
+_VERSION_SHIFT: Final = 76
+_DERIVED_VERSION: Final = 8
+
+
 def new_id() -> UUID:
     """A new time-ordered id."""
     return uuid7()
+
+
+def new_payout_id() -> UUID:
+    """A new time-ordered id, as version 8: it says that the payout's reference is derived from what its merchant calls it."""
+    return UUID(int=uuid7().int & ~(0xF << _VERSION_SHIFT) | _DERIVED_VERSION << _VERSION_SHIFT)
+
+
+def payout_reference(payout_id: UUID, shop_id: UUID, external_id: str) -> str:
+    """What a payout is called towards its rail, `po_…`, for its whole life and beyond.
+
+    It follows from shop and external id alone: a payout that a restored database has forgotten gets the same reference when its
+    merchant creates it again, and a rail pays a reference once. Payouts whose id is of version 7 were accepted when the id
+    itself was the reference.
+    """
+    if payout_id.version != _DERIVED_VERSION:
+        return render_id(PAYOUT, payout_id)
+    return render_id(PAYOUT, UUID(bytes=sha256(shop_id.bytes + external_id.encode()).digest()[:16]))
 
 
 _MILLISECONDS_MAX: Final = (1 << 48) - 1

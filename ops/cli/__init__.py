@@ -27,6 +27,7 @@ from ops.cli.payouts import payout_group
 from ops.cli.probing import preview_command, test_command
 from ops.cli.rails import rail_group
 from ops.cli.reconcile import reconcile_command
+from ops.cli.recover import recover_command
 from ops.cli.replays import replay_command, resume_command
 from ops.cli.resolving import list_waiting_command, resolve_command
 from ops.cli.sign import sign_command
@@ -56,6 +57,7 @@ _COMMANDS: Final = (
     lane_group,
     discrepancies_group,
     reconcile_command,
+    recover_command,
     export_command,
     parked_group,
     stuck_command,

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -65,6 +66,20 @@ def show_records(name: str, records: Iterable[Record], *, as_json: bool) -> None
         print_json({name: listed})
     else:
         print_table(listed)
+
+
+def progress_bar() -> Progress:
+    """A line of progress on stderr, for whoever sits at a terminal."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def render_cell(value: object) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Final
 import click
 
 from common.db.engine import Tx, in_transaction
+from common.db.reconciling import find_by_references
 from common.db.stories import FOUND_MAX, StoredRow, Story, begin_snapshot, find_payouts, find_story
 from common.domain.ids import EVENT, PAYOUT, parse_id, render_id
 from common.domain.money import render_amount
@@ -47,12 +48,15 @@ def show_payout_command(payout_id: str, shop: tuple[str, str] | None, as_json: b
 
 
 async def find_one_payout(tx: Tx, text: str, shop: tuple[str, str] | None = None) -> StoredRow:
-    """The payout of an id (`po_…`, or as the database shows it), else of the merchant's own id.
+    """The payout of an id (`po_…`, or as the database shows it), of a reference that rails know, else of the merchant's own id.
 
     Raises: `Refused` when there is none, or several shops have it and none was named.
     """
     payout_id = parse_id(PAYOUT, text) or parse_uuid(text)
     found = await find_payouts(tx, payout_id=payout_id, shop=shop) if payout_id else []
+    if payout_id and not found:
+        known = (await find_by_references(tx, [text])).get(text)
+        found = await find_payouts(tx, payout_id=known.payout_id, shop=shop) if known and known.payout_id else []
     found = found or await find_payouts(tx, external_id=text, shop=shop)
     if not found:
         raise Refused(f"there is no payout {text}" + ("" if shop is None else f" in {'/'.join(shop)}"))

@@ -8,8 +8,6 @@ from typing import Final
 from uuid import UUID
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from common.db.engine import Engine, Tx, in_transaction
 from common.db.ledger import append_audit
@@ -27,7 +25,7 @@ from ops.cli.options import (
     parse_uuid,
     reason_option,
 )
-from ops.cli.output import show_record
+from ops.cli.output import progress_bar, show_record
 
 STATES: Final = ("exhausted", "rejected", "delivered")
 # Pages of a tenth of a second, so that a rate is kept without bursts; and none so long that others wait for its rows.
@@ -117,7 +115,7 @@ def resume_command(replay_id: UUID, reason: str, actor: str, as_json: bool) -> N
 async def _count(engine: Engine, chosen: Chosen) -> int:
     """How many callbacks a replay would send again now."""
     count, behind = 0, None
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("callbacks that match", total=None)
         while True:
             page = await in_transaction(engine, partial(find_page, chosen=chosen, behind=behind))
@@ -130,7 +128,7 @@ async def _count(engine: Engine, chosen: Chosen) -> int:
 def _go_on(replay_id: UUID, count: int | None, *, as_json: bool) -> None:
     async def work(engine: Engine) -> Replay:
         rows_max, started, before = 1, monotonic(), None
-        with _progress() as progress:
+        with progress_bar() as progress:
             task = progress.add_task("callbacks", total=count)
             while True:
                 replay = await in_transaction(engine, partial(replay_page, replay_id=replay_id, rows_max=rows_max))
@@ -146,16 +144,3 @@ def _go_on(replay_id: UUID, count: int | None, *, as_json: bool) -> None:
 
     replay = run_changing(work)
     show_record({"replay": replay_id, "sent": replay.sent, "passed_over": replay.passed_over}, as_json=as_json)
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )

@@ -196,6 +196,10 @@ class Ledger:
             (due_at, number),
         )
 
+    def tell_once_more(self, since: float) -> None:
+        """Tell everything again that was told then or later, in Unix seconds: the other side has forgotten it."""
+        self._books.execute("UPDATE events SET told_at = NULL, due_at = ? WHERE told_at >= ?", (since, since))
+
     def count_untold(self) -> int:
         """How many events nobody has confirmed."""
         (count,) = self._books.execute("SELECT count(*) FROM events WHERE told_at IS NULL").fetchone()

@@ -1,0 +1,300 @@
+"""The whole product with a bank of its own on one machine, for a trial: brought up in a folder, driven by a merchant, brought
+to rest, and its ledger laid beside the bank's.
+
+PostgreSQL, RabbitMQ if there is one, two gateways, five workers, a bank with books of its own, a receiver of callbacks.
+"""
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import text
+
+from common.db.engine import Engine, create_engine, in_transaction
+from common.db.invariants import RULES, Finding, verify
+from common.domain.payout import STAGES
+from common.domain.signing import sign_v1
+from common.settings import Settings
+from ops import broker, database
+from ops.onboarding import add_http_rail, add_key, add_merchant, add_shop, top_up
+from ops.ports import choose_port, loopback_url
+from ops.processes import Process, Program
+from ops.rabbitmq import find_server
+from ops.reconciliation import compare, find_ours
+from ops.servers import OwnServer
+from ops.simulator.ledger import Ledger
+from ops.state import LOCAL_DEFAULTS, Demo, find_or_make_keys, save_demo
+
+RAIL: Final = "bank"
+UNFINISHED: Final = frozenset(stage.value for stage in STAGES)
+POLL_SECONDS: Final = 1.0
+
+# Everything that takes minutes to days in production takes seconds here; the shape is the same.
+_HASTE: Final = {
+    "PAYOUTS_RAIL_TIMEOUT_SECONDS": "2",
+    "PAYOUTS_SETTLE_LEASE_SECONDS": "8",
+    "PAYOUTS_SIGNATURE_WINDOW_SECONDS": "30",
+    "PAYOUTS_SUBMIT_DELAYS_SECONDS": "0.2,0.5,1,2,5,10,20,40,60,60",
+    "PAYOUTS_LOOK_UP_DELAYS_SECONDS": "0.5,1,2,4,8,15",
+    "PAYOUTS_RAIL_BREAKER_REST_SECONDS": "1",
+}
+_PACE_SECONDS: Final = 0.5
+_SLOW_SECONDS: Final = 3.0
+_PATH: Final = "/api/v1/payouts"
+_CONCURRENCY: Final = 24
+_RETRY_SECONDS: Final = 0.2
+_REQUEST_SECONDS: Final = 15.0
+_DIFFERENCES_SHOWN: Final = 10
+
+
+@dataclass(slots=True)
+class Stage:
+    """What runs: the merchant's way in, the bank's books, and our processes, by kind. `repeats`: of requests not answered."""
+
+    name: str
+    demo: Demo
+    engine: Engine
+    ledger: Path
+    environment: Mapping[str, str]
+    processes: dict[str, list[Process]]
+    seed: int
+    repeats: int = 0
+
+
+@asynccontextmanager
+async def stage(
+    folder: Path, *, name: str, seed: int, mood: str, store: OwnServer, with_broker: bool = True
+) -> AsyncIterator[Stage]:
+    """Bring everything up, and take it down again, with the data of both servers. `name`: the merchant's, and of its shop."""
+    async with AsyncExitStack() as running:
+        running.callback(broker.remove_own, folder)
+        running.callback(database.remove_own, folder)
+        for part in ("logs", "processes"):
+            (folder / part).mkdir()
+        environment = await _environment(folder, running, store, with_broker=with_broker)
+        settings = Settings.from_environ(environment)
+        await database.migrate(settings.database_url)
+        engine = create_engine(settings, role="payouts_ops", application=f"payouts-{name}")
+        running.push_async_callback(engine.dispose)
+        bank_port, receiver_port = choose_port(), choose_port()
+        demo, rail_secret = await _seed(engine, settings, name, bank_port, receiver_port)
+        save_demo(folder, demo)
+        ledger = folder / "bank.sqlite"
+        bank = (
+            *("-m", "ops.simulator", "--port", str(bank_port), "--ledger", str(ledger), "--mood", mood),
+            *("--events-url", f"{demo.base_url}/api/v1/rails/{RAIL}/events", "--seed", str(seed)),
+            *("--pace-seconds", str(_PACE_SECONDS), "--slow-seconds", str(_SLOW_SECONDS)),
+        )
+        receiver = ("-m", "ops.receiver", "--port", str(receiver_port), "--folder", str(folder))
+        programs = {
+            "bank": [Program("bank", bank, bank_port)],
+            "receiver": [Program("receiver", receiver, receiver_port)],
+            "settle": [Program(f"settle-{number}", ("-m", "worker", "settle")) for number in (1, 2)],
+            "callbacks": [Program(f"callbacks-{number}", ("-m", "worker", "callbacks")) for number in (1, 2)],
+            "sweep": [Program("sweep", ("-m", "worker", "sweep"))],
+            "gateway": [Program(f"gateway-{number}", ("-m", "gateway")) for number in (1, 2)],
+        }
+        environment |= {"RAIL_SECRET": rail_secret}
+        processes = {
+            kind: [Process(program, environment, folder) for program in group] for kind, group in programs.items()
+        }
+        everybody = [process for group in processes.values() for process in group]
+        for process in everybody:
+            running.push_async_callback(process.stop)
+        await asyncio.gather(*(process.start() for process in everybody))
+        yield Stage(name, demo, engine, ledger, environment, processes, seed)
+
+
+async def _environment(folder: Path, running: AsyncExitStack, store: OwnServer, *, with_broker: bool) -> dict[str, str]:
+    """The settings of every process, with a database of our own, and a broker if the machine has one."""
+    running.push_async_callback(store.stop)
+    amqp_url, server = "", find_server() if with_broker else None
+    if server is not None:
+        node = broker.own_broker(folder, server)
+        running.push_async_callback(node.stop)
+        amqp_url = await node.start()
+    return {
+        **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+        **LOCAL_DEFAULTS,
+        **find_or_make_keys(folder),
+        **_HASTE,
+        "DATABASE_URL": await store.start(),
+        "AMQP_URL": amqp_url,
+        "PORT": str(choose_port()),
+    }
+
+
+async def _seed(engine: Engine, settings: Settings, name: str, bank_port: int, receiver_port: int) -> tuple[Demo, str]:
+    """A merchant whose shop's payouts go to the bank, and the secret that the bank signs with."""
+    keyring, actor = settings.keyring, f"ops.{name}"
+    rail_secret = await add_http_rail(
+        engine, keyring, name=RAIL, base_url=loopback_url(bank_port), authoritative=True, actor=actor
+    )
+    await add_merchant(engine, code=name, name=name.capitalize(), actor=actor)
+    webhook_secret = await add_shop(
+        engine,
+        keyring,
+        merchant=name,
+        code=name,
+        currency="BDT",
+        rail=RAIL,
+        is_default=True,
+        webhook_url=f"{loopback_url(receiver_port)}/callbacks",
+        payment_data_schema=None,
+        actor=actor,
+    )
+    await top_up(engine, merchant=name, shop=name, amount="100000000.00", reason="funds", actor=actor)
+    key = await add_key(engine, keyring, merchant=name, actor=actor)
+    demo = Demo(
+        base_url=loopback_url(settings.port),
+        api_key=key.public_id,
+        api_secret=key.secret,
+        webhook_secret=webhook_secret,
+        shop_code=name,
+        currency="BDT",
+        receiver_url=loopback_url(receiver_port),
+        database_url=settings.database_url,
+        amqp_url=None,
+    )
+    return demo, rail_secret
+
+
+async def send_all(on: Stage, external_ids: Iterator[str]) -> None:
+    """Create payouts, some at a time, each repeated until it is answered, as merchants are told to."""
+    await asyncio.gather(*(_send(on, external_ids) for _ in range(_CONCURRENCY)))
+
+
+async def _send(on: Stage, external_ids: Iterator[str]) -> None:
+    timeout = aiohttp.ClientTimeout(total=_REQUEST_SECONDS)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        for external_id in external_ids:
+            while await send_once(on, session, external_id) not in (200, 201):
+                on.repeats += 1
+                await asyncio.sleep(_RETRY_SECONDS)
+
+
+async def send_once(on: Stage, session: aiohttp.ClientSession, external_id: str) -> int | None:
+    """Create a payout, the same for the same id; the status of the answer, or None when there was none."""
+    chance = random.Random(f"{on.seed} {external_id}")  # noqa: S311 no secret
+    body = json.dumps(
+        {
+            "external_id": external_id,
+            "amount": f"{chance.randrange(1, 500)}.00",
+            "currency": "BDT",
+            "card_number": f"017{chance.randrange(10**8):08}",
+        }
+    ).encode()
+    timestamp = str(int(time.time()))
+    headers = {
+        "Content-Type": "application/json",
+        "X-API-Key": on.demo.api_key,
+        "X-Timestamp": timestamp,
+        "X-Signature": sign_v1(on.demo.api_secret, timestamp, "POST", _PATH, "", body),
+    }
+    with suppress(aiohttp.ClientError, TimeoutError):
+        async with session.post(on.demo.base_url + _PATH, data=body, headers=headers) as response:
+            return response.status
+    return None
+
+
+async def until_quiet(on: Stage, show: Callable[[dict[str, int]], None] = lambda _: None) -> None:
+    """Return once every payout has ended, and every word of the bank is heard. `show` hears where payouts stand meanwhile."""
+    ledger = Ledger(on.ledger)
+    try:
+        while True:
+            counts = await count_states(on.engine)
+            show(counts)
+            unheard = await in_transaction(
+                on.engine, lambda tx: tx.scalar(text("SELECT count(*) FROM rail_events WHERE applied_at IS NULL"))
+            )
+            if not set(counts) & UNFINISHED and not unheard and ledger.count_untold() == 0:
+                return
+            await asyncio.sleep(POLL_SECONDS)
+    finally:
+        ledger.close()
+
+
+async def count_states(engine: Engine) -> dict[str, int]:
+    """How many payouts stand where."""
+    rows = await in_transaction(
+        engine, lambda tx: tx.execute(text("SELECT state, count(*) AS n FROM payouts GROUP BY state ORDER BY state"))
+    )
+    return {row.state: row.n for row in rows}
+
+
+@dataclass(slots=True)
+class Verdict:
+    """Both ledgers side by side: how payouts stand in each, where they differ, which rules are broken."""
+
+    states: dict[str, int] = field(default_factory=dict)
+    statuses: Counter[str] = field(default_factory=Counter)
+    discrepancies: dict[str, int] = field(default_factory=dict)
+    resends: int = 0
+    callbacks: Counter[str] = field(default_factory=Counter)
+    differences: list[str] = field(default_factory=list)
+    broken: list[Finding] = field(default_factory=list)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the ledgers are equal and every rule holds."""
+        return not self.differences and not self.broken
+
+
+async def lay_side_by_side(on: Stage) -> Verdict:
+    """Compare the two ledgers and check every rule."""
+    ledger = Ledger(on.ledger)
+    payments = ledger.payments()
+    ledger.close()
+    rows = await in_transaction(
+        on.engine,
+        lambda tx: tx.execute(text("SELECT kind, count(*) AS n FROM discrepancies GROUP BY kind ORDER BY kind")),
+    )
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"{on.demo.receiver_url}/received", params={"prefix": f"{on.name}-"}) as response,
+    ):
+        received = await response.json()
+    return Verdict(
+        states=await count_states(on.engine),
+        statuses=Counter(payment.status for payment in payments),
+        discrepancies={row.kind: row.n for row in rows},
+        resends=sum(payment.submits - 1 for payment in payments),
+        callbacks=Counter(
+            {"payouts told of": len(received["by_external_id"]), **{k: received[k] for k in ("verified", "rejected")}}
+        ),
+        differences=compare(await in_transaction(on.engine, lambda tx: find_ours(tx, RAIL)), payments),
+        broken=[finding for finding in await verify(on.engine) if finding.count],
+    )
+
+
+def tell_counts(counts: Mapping[Any, int]) -> str:
+    """Counts by name, in a line."""
+    return " · ".join(f"{name} {number:,}" for name, number in sorted(counts.items())) or "none"
+
+
+def add_verdict(table: Table, verdict: Verdict) -> None:
+    """A row for each thing that the ledgers tell."""
+    table.add_row("our ledger", tell_counts(verdict.states))
+    table.add_row("the bank's ledger", f"{tell_counts(verdict.statuses)}; asked again {verdict.resends:,} times")
+    table.add_row("discrepancies", tell_counts(verdict.discrepancies))
+    table.add_row("callbacks so far", tell_counts(verdict.callbacks))
+    table.add_row("side by side", f"{len(verdict.differences):,} differences" if verdict.differences else "equal")
+    ledger = "; ".join(f"{f.rule.name}: {f.count}, first {', '.join(f.offenders)}" for f in verdict.broken)
+    table.add_row("verify", ledger or f"all {len(RULES)} rules hold")
+
+
+def print_differences(console: Console, verdict: Verdict) -> None:
+    """The first of them, one a line."""
+    for difference in verdict.differences[:_DIFFERENCES_SHOWN]:
+        console.print(difference, markup=False, highlight=False)
