@@ -3,7 +3,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test torment bench alarms plants check lint types fmt reset venv
+.PHONY: help run demo test torment drill bench alarms plants check lint types fmt reset venv
 
 help: ## Show this.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile | expand -t 16
@@ -19,6 +19,9 @@ test: venv ## Run the tests; ARGS="-k word" chooses some.
 
 torment: venv ## 10,000 payouts through a bank in its worst mood while processes are killed; ARGS="--payouts 300".
 	@$(PYTHON) -m ops.torment $(ARGS)
+
+drill: venv ## Lose the database under load, restore it to an earlier moment, compare both ledgers; ARGS="--payouts 300".
+	@$(PYTHON) -m ops.drill $(ARGS)
 
 bench: venv ## Measure the product beside what is possible here; ARGS="accept", "latency settle", …; ARGS=--help.
 	@sh ops/bootstrap.sh bench

@@ -41,8 +41,7 @@ STAGES: Final = frozenset({State.QUEUED, State.SENDING, State.SUBMITTED, State.V
 MOVES: Final[frozenset[tuple[State, State]]] = frozenset(
     (source, target)
     for source, targets in {
-        # To verifying by a recovery alone: a database that was restored does not know what it has sent.
-        State.QUEUED: (State.SENDING, State.VERIFYING, State.FAILED, State.CANCELED, State.EXPIRED),
+        State.QUEUED: (State.SENDING, State.FAILED, State.CANCELED, State.EXPIRED),
         State.SENDING: (State.QUEUED, State.SUBMITTED, State.VERIFYING, State.SUCCESS, State.FAILED),
         State.SUBMITTED: (State.VERIFYING, State.SUCCESS, State.FAILED),
         State.VERIFYING: (State.QUEUED, State.SUBMITTED, State.SUCCESS, State.FAILED),

@@ -92,31 +92,15 @@ WAITING = [
 ]
 
 DOUBTING = [
-    """
-    CREATE OR REPLACE FUNCTION payouts_allow_move() RETURNS trigger LANGUAGE plpgsql AS $$
-    BEGIN
-      IF NEW.version <> OLD.version + 1 OR (OLD.state || '>' || NEW.state) NOT IN (
-           'queued>sending', 'queued>verifying', 'queued>failed', 'queued>canceled', 'queued>expired',
-           'sending>queued', 'sending>submitted', 'sending>verifying', 'sending>success', 'sending>failed',
-           'submitted>verifying', 'submitted>success', 'submitted>failed',
-           'verifying>queued', 'verifying>submitted', 'verifying>success', 'verifying>failed',
-           'success>refunded') THEN
-        RAISE EXCEPTION USING ERRCODE = '23514', CONSTRAINT = 'payouts_moves', TABLE = 'payouts',
-          MESSAGE = 'payout may not move from ' || OLD.state || ' to ' || NEW.state;
-      END IF;
-      RETURN NEW;
-    END $$
-    """,
-    # What was never sent is doubted by a recovery, and by nobody else.
+    # What has expired is doubted like everything else: it may have been sent before it did.
     """
     CREATE OR REPLACE FUNCTION payouts_who_moves() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
       IF current_user = 'payouts_gateway' AND NOT (OLD.state = 'queued' AND NEW.state = 'canceled'
            AND OLD.provider_reference IS NOT DISTINCT FROM NEW.provider_reference)
          OR current_user = 'payouts_worker' AND OLD.state <> 'canceled' AND NEW.state = 'canceled'
-         OR current_user = 'payouts_worker' AND OLD.state = 'queued' AND NEW.state = 'verifying'
          OR NEW.state = 'expired' AND OLD.state <> 'expired' AND coalesce(NEW.expires_at > now(), true)
-         OR NEW.state = 'sending' AND OLD.state = 'queued' AND NEW.expires_at <= now()
+         OR NEW.state = 'sending' AND OLD.state = 'queued' AND NEW.expires_at <= now() AND current_user <> 'payouts_owner'
       THEN
         RAISE EXCEPTION USING ERRCODE = '23514', CONSTRAINT = 'payouts_who_moves', TABLE = 'payouts',
           MESSAGE = current_user || ' may not move a payout to ' || NEW.state || ' now';
@@ -137,8 +121,10 @@ DOUBTING = [
       PERFORM 1 FROM payouts WHERE id = ANY (ids) ORDER BY id FOR NO KEY UPDATE;
       UPDATE payout_attempts SET finished_at = now(), outcome = 'unknown', detail = 'database restored'
        WHERE payout_id = ANY (ids) AND finished_at IS NULL;
+      UPDATE payouts SET state = 'sending', version = version + 1, updated_at = now()
+       WHERE id = ANY (ids) AND state = 'queued';
       UPDATE payouts SET state = 'verifying', version = version + 1, updated_at = now()
-       WHERE id = ANY (ids) AND state IN ('queued', 'sending');
+       WHERE id = ANY (ids) AND state = 'sending';
       INSERT INTO payout_attempts (payout_id, shop_id, attempt_no, action, rail, reference, finished_at, outcome, detail)
         SELECT d.payout_id, d.shop_id, 1 + coalesce((SELECT max(attempt_no) FROM payout_attempts t
                                                       WHERE t.payout_id = d.payout_id AND t.shop_id = d.shop_id), 0),

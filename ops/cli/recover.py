@@ -38,7 +38,7 @@ def recover_command(dry_run: bool, unmarked: bool, reason: str, actor: str, as_j
 
     Every open payout becomes one whose fate is not known: workers ask its rail, and send it only when an authoritative rail
     has not found it. Payins that are pending are asked about soon. Interrupted, repeat it: it goes on where it ended.
-    deploy/restore.md tells what comes before and after.
+    deploy/restore.md says what comes before and after.
     """
     standing, found = run_connected(lambda engine: in_transaction(engine, _look))
     if dry_run:

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from common.db.engine import driver_url
+from common.db.recovering import awaits_recovery
 from common.settings import Settings
 from migrations.run import MAY_BECOME, ROLES, newest_revision
 from ops.doctor import Finding, Verdict, good_if
@@ -71,6 +72,15 @@ async def _check_database(connection: AsyncConnection, settings: Settings) -> As
         "payouts migrate",
         Verdict.WRONG,
     )
+    if revision == newest_revision():
+        restored = await connection.scalar(text("SELECT restored_as()"))
+        yield good_if(
+            not await awaits_recovery(connection),
+            "restore",
+            f"restored: {restored}" if restored else "the server was not restored to an earlier moment",
+            "nothing is sent before `payouts recover`: deploy/restore.md",
+            Verdict.WRONG,
+        )
     missing = [role for role in ROLES[1:] if not await _may_become(connection, role)]
     yield good_if(
         not missing,
