@@ -130,8 +130,7 @@ class _Drill:
         on = self._on
         await self._take("backup", partial(asyncio.to_thread, self._backup))
         await self._create(count // 2)
-        for process in on.processes["settle"]:
-            process.kill()
+        await asyncio.gather(*(process.stop() for process in on.processes["settle"]))
         await self._create(count - count // 2)
         moment, began = await self._ask("SELECT now()::text"), time.time()
         self.report.open_then = await count_states(on.engine)
@@ -162,7 +161,9 @@ class _Drill:
 
         async def start() -> None:
             await asyncio.to_thread(self._restore, moment)
+            # It lets readers in on its way there.
             await self._store.start()
+            await _until(self._is_there)
 
         await self._take("restore", start)
         report.restored = await count_states(on.engine)
@@ -208,6 +209,9 @@ class _Drill:
         fresh = [f"drill-{number:06}" for number in range(begin, begin + count)]
         self._external_ids += fresh
         await send_all(self._on, iter(fresh))
+
+    async def _is_there(self) -> bool:
+        return not await self._ask("SELECT pg_is_in_recovery()")
 
     async def _has_ended(self, count: int) -> bool:
         rows = await self._ask("SELECT count(*) FROM payouts WHERE finalized_at IS NOT NULL")

@@ -1,4 +1,4 @@
-"""The drill of deploy/restore.md, in short: the database is lost and restored to an earlier moment, and nothing is paid twice."""
+"""The drill of deploy/restore.md, in short: the database is lost and restored to an earlier moment; nothing is paid twice."""
 
 from pathlib import Path
 from typing import Final
