@@ -95,6 +95,27 @@ PLANTS: Final = (
         (_SETTLEMENT,),
     ),
     Plant(
+        "a forgotten payout gets another reference when it is created again",
+        "common/domain/ids.py",
+        "    if payout_id.version != _DERIVED_VERSION:",
+        "    if True:",
+        ("tests/unit/test_ids.py",),
+    ),
+    Plant(
+        "a restored database is worked with as if nothing were forgotten",
+        "migrations/versions/0019_recoveries.py",
+        "WHEN (current_user <> 'payouts_owner' AND awaits_recovery())",
+        "WHEN (false)",
+        ("tests/integration/test_recovering.py",),
+    ),
+    Plant(
+        "what a recovery doubts is believed unknown at once",
+        "common/db/due.py",
+        "action IN ('submit', 'restore')",
+        "action = 'submit'",
+        ("tests/integration/test_recovering.py",),
+    ),
+    Plant(
         "the lease is not checked before the call",
         "worker/settlement.py",
         "if monotonic() > call.start_until:",

@@ -63,13 +63,17 @@ WAITING = [
         nullif(current_setting('recovery_target', true), '')), 200)
     $$
     """,
+    # In this language a session plans it once.
     """
     CREATE FUNCTION awaits_recovery() RETURNS boolean
-      LANGUAGE sql STABLE SECURITY DEFINER SET search_path = public, pg_temp AS $$
-      SELECT EXISTS (SELECT 1 FROM recoveries WHERE finished_at IS NULL)
-          OR restored_as() IS NOT NULL
-         AND NOT EXISTS (SELECT 1 FROM recoveries WHERE restored = restored_as() AND finished_at IS NOT NULL)
-    $$
+      LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = public, pg_temp AS $$
+    DECLARE
+      mark text := restored_as();
+    BEGIN
+      RETURN EXISTS (SELECT 1 FROM recoveries WHERE finished_at IS NULL)
+          OR mark IS NOT NULL
+         AND NOT EXISTS (SELECT 1 FROM recoveries WHERE restored = mark AND finished_at IS NOT NULL);
+    END $$
     """,
     # Class 57 is "not now" to every process of ours, whichever version it is.
     """

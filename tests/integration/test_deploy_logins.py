@@ -134,6 +134,18 @@ async def test_the_master_key_is_rotated_by_the_login_that_migrates_and_by_no_ot
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_a_restored_database_is_recovered_by_operators_alone(deployed: Deployed) -> None:
+    command = ("recover", "--unmarked", "--reason", "a standby that was behind", "--actor", "alice")
+    for name in ("gateway", "worker"):
+        (await Terminal(environment(deployed.url(name))).run(*command)).assert_refused("permission denied")
+        doubt = ["SELECT doubt_payouts('{}', '{}')", "INSERT INTO recoveries (restored, audit_id) VALUES ('x', 1)"]
+        assert await try_all(deployed.url(name), doubt) == dict.fromkeys(doubt, REFUSED)
+        assert await try_all(deployed.url(name), ["SELECT awaits_recovery()"]) == {"SELECT awaits_recovery()": None}
+    recovered = await Terminal(environment(deployed.url("ops"))).run(*command)
+    assert (recovered.code, recovered.err) == (0, "")
+
+
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("name", NAMES)
 async def test_a_login_takes_no_role_but_its_own(deployed: Deployed, name: str) -> None:
     ended = await try_all(deployed.url(name), [f"SET LOCAL ROLE {role}" for role in ROLES])
