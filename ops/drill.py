@@ -180,29 +180,27 @@ class _Drill:
         self._say(f"a create is answered {report.create_answered}, and workers wait")
 
     async def recover(self, began: float) -> None:
-        """`payouts recover`; the bank tells again what it told since, merchants send again what they sent since."""
+        """`payouts recover`; merchants send again what they sent, the bank tells again what it told since then."""
         on, report = self._on, self.report
         found = await self._take("recover", partial(self._payouts, "recover", "--reason", "drill", "--json"))
         report.in_doubt = found["payouts_in_doubt"]
         self._say(f"{report.in_doubt} payouts are in doubt; workers go on")
         await self._starting
-        ledger = Ledger(on.ledger)
-        ledger.tell_once_more(began)
-        ledger.close()
 
         async def rest() -> None:
-            await until_quiet(on)
-            known = await self._known_references()
-            after = self._payments()
-            report.sent_again = sum(
-                after[reference].submits > payment.submits
-                for reference, payment in self._booked.items()
-                if reference in known
-            )
             await send_all(on, iter(self._external_ids))
+            ledger = Ledger(on.ledger)
+            ledger.tell_once_more(began)
+            ledger.close()
             await until_quiet(on)
 
         await self._take("rest", rest)
+        known, after = await self._known_references(), self._payments()
+        report.sent_again = sum(
+            after[reference].submits > payment.submits
+            for reference, payment in self._booked.items()
+            if reference in known
+        )
 
     async def _create(self, count: int) -> None:
         begin = len(self._external_ids)
@@ -320,7 +318,7 @@ def render_table(report: Report) -> Table:
 @click.option("--payouts", "count", default=1_000, show_default=True, type=click.IntRange(min=8), help="Accepted then.")
 @click.option("--unsent", default=50, show_default=True, type=click.IntRange(min=0), help="About as many are not sent.")
 @click.option("--seed", default=1, show_default=True, help="Of every chance.")
-@click.option("--mood", default="worst", show_default=True, type=click.Choice(MOODS), help="Of the bank.")
+@click.option("--mood", default="gloomy", show_default=True, type=click.Choice(MOODS), help="Of the bank.")
 @click.option("--deadline", default=900.0, show_default=True, help="Seconds until all must be quiet.")
 @click.option(
     "--broker/--no-broker", "with_broker", default=True, show_default=True, help="With RabbitMQ, if there is one."
