@@ -88,15 +88,26 @@ class Report:
 
 
 async def run(
-    folder: Path, *, count: int, unsent: int, seed: int, mood: str, deadline_seconds: float, with_broker: bool, say: Say
+    folder: Path,
+    *,
+    count: int,
+    unsent: int,
+    seed: int,
+    mood: str,
+    deadline_seconds: float,
+    with_broker: bool,
+    say: Say,
+    copies: int = 2,
 ) -> Report:
-    """Lose the database and get it back. `unsent`: how many payouts have not been sent, or are under way, when it is lost."""
+    """Lose the database and get it back. `unsent`: how many payouts have not been sent, or are under way, when it is lost;
+    `copies`: of each process.
+    """
     cluster = database.own_cluster(folder, _ARCHIVING)
     await asyncio.to_thread(_make_archive, cluster)
     store = OwnServer(database.NAME, cluster)
     async with (
+        stage(folder, name="drill", seed=seed, mood=mood, store=store, with_broker=with_broker, copies=copies) as on,
         asyncio.timeout(deadline_seconds),
-        stage(folder, name="drill", seed=seed, mood=mood, store=store, with_broker=with_broker) as on,
     ):
         drill = _Drill(on, cluster, store, Report(), say)
         moment, began = await drill.load(count, unsent)

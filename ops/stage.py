@@ -74,9 +74,12 @@ class Stage:
 
 @asynccontextmanager
 async def stage(
-    folder: Path, *, name: str, seed: int, mood: str, store: OwnServer, with_broker: bool = True
+    folder: Path, *, name: str, seed: int, mood: str, store: OwnServer, with_broker: bool = True, copies: int = 2
 ) -> AsyncIterator[Stage]:
-    """Bring everything up, and take it down again, with the data of both servers. `name`: the merchant's, and of its shop."""
+    """Bring everything up, and take it down again, with the data of both servers.
+
+    `name`: the merchant's, and of its shop. `copies`: of each process that there may be many of.
+    """
     async with AsyncExitStack() as running:
         running.callback(broker.remove_own, folder)
         running.callback(database.remove_own, folder)
@@ -96,14 +99,15 @@ async def stage(
             *("--events-url", f"{demo.base_url}/api/v1/rails/{RAIL}/events", "--seed", str(seed)),
             *("--pace-seconds", str(_PACE_SECONDS), "--slow-seconds", str(_SLOW_SECONDS)),
         )
+        numbers = range(1, copies + 1)
         receiver = ("-m", "ops.receiver", "--port", str(receiver_port), "--folder", str(folder))
         programs = {
             "bank": [Program("bank", bank, bank_port)],
             "receiver": [Program("receiver", receiver, receiver_port)],
-            "settle": [Program(f"settle-{number}", ("-m", "worker", "settle")) for number in (1, 2)],
-            "callbacks": [Program(f"callbacks-{number}", ("-m", "worker", "callbacks")) for number in (1, 2)],
+            "settle": [Program(f"settle-{number}", ("-m", "worker", "settle")) for number in numbers],
+            "callbacks": [Program(f"callbacks-{number}", ("-m", "worker", "callbacks")) for number in numbers],
             "sweep": [Program("sweep", ("-m", "worker", "sweep"))],
-            "gateway": [Program(f"gateway-{number}", ("-m", "gateway")) for number in (1, 2)],
+            "gateway": [Program(f"gateway-{number}", ("-m", "gateway")) for number in numbers],
         }
         environment |= {"RAIL_SECRET": rail_secret}
         processes = {

@@ -31,6 +31,7 @@ async def test_after_a_restore_to_an_earlier_moment_both_ledgers_become_equal(
         deadline_seconds=DEADLINE_SECONDS,
         with_broker=with_broker,
         say=said.append,
+        copies=1,
     )
 
     assert report.restored == report.open_then, said
