@@ -183,7 +183,7 @@ class _Drill:
         self._booked = {reference: payment for reference, payment in payments.items() if payment.status != "asked"}
         async with aiohttp.ClientSession() as session:
             report.create_answered = await send_once(on, session, self._external_ids[-1])
-        self._starting = asyncio.gather(*(process.start() for process in on.processes["settle"]))
+        await asyncio.gather(*(process.launch() for process in on.processes["settle"]))
         await _until(self._settlers_wait)
         report.workers_wait = True
         asked = {reference: payment.submits for reference, payment in self._payments().items()}
@@ -196,7 +196,7 @@ class _Drill:
         found = await self._take("recover", partial(self._payouts, "recover", "--reason", "drill", "--json"))
         report.in_doubt = found["payouts_in_doubt"]
         self._say(f"{report.in_doubt} payouts are in doubt; workers go on")
-        await self._starting
+        await asyncio.gather(*(process.wait_ready() for process in on.processes["settle"]))
 
         async def rest() -> None:
             await send_all(on, iter(self._external_ids))

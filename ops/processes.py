@@ -58,6 +58,11 @@ class Process:
 
     async def start(self) -> None:
         """Start it and wait until it says that it is ready. Raises: `ProcessFailed`; then it does not run."""
+        await self.launch()
+        await self.wait_ready()
+
+    async def launch(self) -> None:
+        """Start it."""
         self.port = self._program.port or choose_port()
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
@@ -71,6 +76,10 @@ class Process:
                 start_new_session=True,
             )
         self._write_record(self._process.pid)
+
+    async def wait_ready(self) -> None:
+        """Return once it says that it is ready. Raises: `ProcessFailed`; then it does not run any more."""
+        assert self._process is not None, "it was started"
         try:
             async with asyncio.timeout(READY_SECONDS):
                 await self._wait_until_ready(self._process)
