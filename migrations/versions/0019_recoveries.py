@@ -11,7 +11,7 @@ from alembic import op
 from sqlalchemy import text
 
 revision = "0019"
-down_revision = "0015"
+down_revision = "0018"
 branch_labels = None
 depends_on = None
 
