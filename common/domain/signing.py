@@ -60,9 +60,7 @@ def sign_webhook(secrets: list[str], webhook_id: str, timestamp: int, body: byte
     Source: Standard Webhooks 1.0.0, "Signature scheme". The key is the base64-decoded part after `whsec_`.
     """
     signed = f"{webhook_id}.{timestamp}.".encode() + body
-    return " ".join(
-        "v1," + base64.b64encode(_hmac(_webhook_key(secret), signed)).decode() for secret in secrets
-    )
+    return " ".join("v1," + base64.b64encode(_hmac(_webhook_key(secret), signed)).decode() for secret in secrets)
 
 
 @lru_cache(maxsize=1024)
