@@ -132,9 +132,14 @@ class Cluster:
         raise ServerFailed(f"PostgreSQL (process {process.pid}) does not stop")
 
     def kill(self) -> None:
-        """Kill the server as a crash would; `start` recovers."""
+        """Kill the server and all its backends as a crash would; `start` recovers."""
         if self._process is not None:
+            everybody = self._family()
             self._process.kill()
+            # Each is in a session of its own; left alone it would notice the death, and end in an orderly way.
+            for backend in everybody:
+                with suppress(psutil.NoSuchProcess):
+                    backend.kill()
             self._process.wait()
             self._process = None
 
@@ -154,6 +159,13 @@ class Cluster:
     def lose_data(self) -> None:
         """What a lost disk does to a server that does not run."""
         shutil.rmtree(self._data)
+
+    def _family(self) -> list[psutil.Process]:
+        """What the server has started."""
+        if self.process_id is not None:
+            with suppress(psutil.NoSuchProcess):
+                return psutil.Process(self.process_id).children(recursive=True)
+        return []
 
     @property
     def _data(self) -> Path:

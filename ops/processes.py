@@ -56,6 +56,11 @@ class Process:
         self._record = folder / "processes" / program.name
         self._process: asyncio.subprocess.Process | None = None
 
+    @property
+    def process_id(self) -> int | None:
+        """The running process's, else None."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
     async def start(self) -> None:
         """Start it and wait until it says that it is ready. Raises: `ProcessFailed`; then it does not run."""
         await self.launch()

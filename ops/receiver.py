@@ -20,13 +20,14 @@ from ops.state import find_demo
 
 # Standard Webhooks 1.0.0, "Verifying webhook authenticity": leave some tolerance, refuse what is older.
 _TOLERANCE_SECONDS: Final = 300
-_PAYOUTS_MAX: Final = 100_000
+PAYOUTS_MAX: Final = 100_000
 
 
 class Memory:
     """What came, by payout; of the oldest payouts nothing when there are too many."""
 
-    def __init__(self) -> None:
+    def __init__(self, payouts_max: int = PAYOUTS_MAX) -> None:
+        self._payouts_max = payouts_max
         self._callbacks: OrderedDict[str, list[dict[str, Any]]] = OrderedDict()
 
     def record(self, event_id: str, body: dict[str, Any], *, verified: bool) -> None:
@@ -39,7 +40,7 @@ class Memory:
             "received_at": time.time(),
         }
         self._callbacks.setdefault(str(body.get("external_id")), []).append(seen)
-        if len(self._callbacks) > _PAYOUTS_MAX:
+        if len(self._callbacks) > self._payouts_max:
             self._callbacks.popitem(last=False)
 
     def render(self, prefix: str) -> dict[str, Any]:
@@ -58,10 +59,10 @@ MEMORY: Final = web.AppKey("MEMORY", Memory)
 FOLDER: Final = web.AppKey("FOLDER", Path)
 
 
-def create_app(folder: Path) -> web.Application:
-    """The application, with an empty memory."""
+def create_app(folder: Path, payouts_max: int = PAYOUTS_MAX) -> web.Application:
+    """The application, with an empty memory for so many payouts."""
     app = web.Application()
-    app[MEMORY] = Memory()
+    app[MEMORY] = Memory(payouts_max)
     app[FOLDER] = folder
     app.add_routes([web.get("/readyz", readyz), web.get("/received", show_received), web.post("/{any:.*}", receive)])
     return app
@@ -108,9 +109,10 @@ def is_authentic(headers: Mapping[str, str], body: bytes, secret: str, *, now: f
 @click.command()
 @click.option("--port", type=int, required=True)
 @click.option("--folder", type=click.Path(path_type=Path), required=True)
-def main(port: int, folder: Path) -> None:
+@click.option("--payouts-max", type=click.IntRange(min=1), default=PAYOUTS_MAX, help="How many it remembers.")
+def main(port: int, folder: Path, payouts_max: int) -> None:
     """Receive callbacks on loopback until told to stop."""
-    web.run_app(create_app(folder), host=LOOPBACK, port=port, access_log=None, print=None)
+    web.run_app(create_app(folder, payouts_max), host=LOOPBACK, port=port, access_log=None, print=None)
 
 
 if __name__ == "__main__":
