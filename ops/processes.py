@@ -35,6 +35,10 @@ class ProcessFailed(Exception):
     """A process that does not start; the text is for the person at the terminal and ends with its log's last lines."""
 
 
+class ProcessSlow(ProcessFailed):
+    """One that may yet have started, had it been given more time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
     """What to start: `arguments` for Python. Without a `port` of its own it gets one for its health and metrics."""
@@ -90,7 +94,7 @@ class Process:
                 await self._wait_until_ready(self._process)
         except TimeoutError:
             await self.stop()
-            raise ProcessFailed(f"{self.name} is not ready after {READY_SECONDS:g} s{self._last_lines()}") from None
+            raise ProcessSlow(f"{self.name} is not ready after {READY_SECONDS:g} s{self._last_lines()}") from None
 
     async def keep(self, say: Say) -> None:
         """Start it again whenever it dies, a little later each time, and say so; for ever."""

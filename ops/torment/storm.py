@@ -18,7 +18,7 @@ from common.db.invariants import RULES
 from common.domain.money import CURRENCY_EXPONENTS, render_amount
 from common.errors import Transient
 from ops.broker import CONNECT_ERRORS, BrokerUnusable
-from ops.processes import Process, ProcessFailed
+from ops.processes import Process, ProcessFailed, ProcessSlow
 from ops.servers import OwnServer, ServerFailed
 from ops.torment.clients import Clients, Tally
 from ops.torment.scene import CURRENCY, Plan, Scene, scene
@@ -39,13 +39,16 @@ Victim = Process | OwnServer
 
 @dataclass(slots=True)
 class Report:
-    """What became of it all. `away_seconds`: by kind, how long each took to be ready again."""
+    """What became of it all. `away_seconds`: by kind, how long each took to be ready again; `slow_starts`: how often
+    that was given up, and begun anew.
+    """
 
     seconds: float
     rate: float
     tally: Tally
     accepted_in_time: int = 0
     kills: Counter[str] = field(default_factory=Counter)
+    slow_starts: Counter[str] = field(default_factory=Counter)
     away_seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     quiet_seconds: float | None = None
     faults: list[str] = field(default_factory=list)
@@ -111,9 +114,11 @@ class Storm:
             try:
                 await victim.start()
                 break
-            except (ProcessFailed, ServerFailed) as failure:
+            except (ProcessSlow, ServerFailed):
+                self._report.slow_starts[_kind(victim)] += 1
+            except ProcessFailed as failure:
                 self._report.faults.append(f"{victim.name} did not start: {failure}")
-                await asyncio.sleep(_START_AGAIN_SECONDS)
+            await asyncio.sleep(_START_AGAIN_SECONDS)
         self._report.away_seconds[_kind(victim)].append(time.monotonic() - started)
 
     async def calm(self) -> None:
@@ -240,6 +245,7 @@ def render_table(report: Report) -> Table:
     table.add_row("killed -9", f"{report.kills.total()}: {tell(report.kills)}")
     away = {name: f"{sum(s) / len(s):.1f} (longest {max(s):.1f})" for name, s in sorted(report.away_seconds.items())}
     table.add_row("seconds until back", " · ".join(f"{name} {told}" for name, told in away.items()))
+    table.add_row("starts given up", tell(report.slow_starts))
     quiet = "never" if report.quiet_seconds is None else f"{report.quiet_seconds:.0f} s after the storm"
     table.add_row("all quiet", quiet)
     table.add_row("our ledger", f"{tell(verdict.states)}; captured {render_amount(verdict.captured_minor, exponent)}")
