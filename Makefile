@@ -17,7 +17,7 @@ demo: venv ## Send 1,000 payouts through what `make run` brought up.
 test: venv ## Run the tests; ARGS="-k word" chooses some.
 	@$(PYTHON) -m pytest $(ARGS)
 
-torment: venv ## 10,000 payouts through a bank in its worst mood while processes are killed; ARGS="--payouts 300".
+torment: venv ## A bank in its worst mood, then a storm: kill -9 every 5 s for ten minutes; ARGS="--storm-seconds 60".
 	@$(PYTHON) -m ops.torment $(ARGS)
 
 drill: venv ## Lose the database under load, restore it to an earlier moment, compare both ledgers; ARGS="--payouts 300".

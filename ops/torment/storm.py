@@ -72,6 +72,7 @@ class Storm:
         self._victims: list[Victim] = [*(p for kind in _OURS for p in on.processes[kind]), *on.servers]
         self._report = report
         self._chance = chance
+        self._turn: list[Victim] = []
         self._away: dict[str, asyncio.Task[None]] = {}
 
     async def rage(self, seconds: float, kill_seconds: float) -> None:
@@ -92,10 +93,23 @@ class Storm:
             await asyncio.sleep(_POLL_SECONDS)
 
     async def _strike(self) -> None:
-        victim = self._chance.choice([victim for victim in self._victims if victim.name not in self._away])
+        victim = self._draw()
+        if victim is None:
+            return
         self._report.kills[_kind(victim)] += 1
         await asyncio.to_thread(victim.kill)
         self._bring_back(victim)
+
+    def _draw(self) -> Victim | None:
+        """Somebody who is there, by chance; nobody has a second turn before all had one. None: all are away."""
+        there = [victim for victim in self._turn or self._victims if victim.name not in self._away]
+        if not there:
+            there = [victim for victim in self._victims if victim.name not in self._away]
+        if not there:
+            return None
+        victim = self._chance.choice(there)
+        self._turn = [other for other in self._turn or self._victims if other is not victim]
+        return victim
 
     def _find_dead(self) -> None:
         for victim in self._victims:
