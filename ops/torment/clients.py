@@ -24,7 +24,8 @@ _TOO_MUCH_OF: Final = 100
 _TWINS_OF: Final = 50
 
 _REQUEST_SECONDS: Final = 15.0
-_CONNECTIONS: Final = 200
+# Beyond them a payout waits in the client for its turn, not for an answer.
+_REQUESTS_MAX: Final = 200
 _PAUSES_SECONDS: Final = (0.2, 0.5, 1.0, 2.0)
 
 
@@ -64,9 +65,10 @@ class Clients:
         self._waiting_max = waiting_max
         self._chance = chance
         self._answers = answers.open("w")
+        self._turn = asyncio.Semaphore(_REQUESTS_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
         self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=_REQUEST_SECONDS), connector=aiohttp.TCPConnector(limit=_CONNECTIONS)
+            timeout=aiohttp.ClientTimeout(total=_REQUEST_SECONDS), connector=aiohttp.TCPConnector(limit=_REQUESTS_MAX)
         )
 
     async def offer(self, rate: float, seconds: float) -> None:
@@ -126,7 +128,8 @@ class Clients:
 
     async def _ask(self, request: dict[str, Any]) -> int | None:
         """One signed request, and its answer written down."""
-        status, answer = await self._send(json.dumps(request).encode())
+        async with self._turn:
+            status, answer = await self._send(json.dumps(request).encode())
         print(json.dumps(asdict(Exchange(time.time(), request, status, answer))), file=self._answers)
         self.tally.answers["no answer" if status is None else str(status)] += 1
         return status
