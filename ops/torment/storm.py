@@ -188,7 +188,9 @@ async def run(
         try:
             with Progress(*columns, console=console) as progress:
                 watching = asyncio.create_task(_watch(on, Show(progress, report)))
-                await asyncio.gather(clients.offer(rate, seconds), storm.rage(seconds, kill_seconds))
+                async with asyncio.TaskGroup() as raging:
+                    raging.create_task(clients.offer(rate, seconds))
+                    raging.create_task(storm.rage(seconds, kill_seconds))
                 report.accepted_in_time = report.tally.accepted
                 keeping = asyncio.create_task(storm.keep())
                 await _until_quiet(on, clients, storm, report, deadline_seconds)
