@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from common.db.engine import Engine, Tx, in_transaction
+from common.db.engine import Engine, Tx, find_room, in_transaction
 from common.db.recovering import awaits_recovery
 from common.errors import Transient
 from common.log import LogEvent, get_logger
@@ -77,8 +77,22 @@ class Readiness:
         """No more work, please."""
         self._leaving = True
 
-    async def wait_for_database(self, engine: Engine, revision: str) -> None:
-        """Return once the database answers, has that revision, and does not wait for `payouts recover`."""
+    async def wait_for_database(self, engine: Engine, revision: str, settings: Settings) -> None:
+        """Return once the database answers, has that revision, and does not wait for `payouts recover`; say it when our pools
+        have no room in it.
+
+        Having none is no reason not to start: that would make an outage of what costs some waiting.
+        """
+        await self._wait_until_usable(engine, revision)
+        try:
+            room = await in_transaction(engine, find_room)
+        except Transient:
+            return
+        needed = settings.database_processes * settings.database_pool_max
+        if needed > room:
+            get_logger().error(LogEvent.CONNECTIONS_SHORT, needed=needed, room=room)
+
+    async def _wait_until_usable(self, engine: Engine, revision: str) -> None:
         while self._waits_for is not None:
             try:
                 waits_for = await in_transaction(engine, partial(_find_obstacle, revision=revision))
@@ -91,9 +105,8 @@ class Readiness:
             if self._waits_for is not None:
                 await asyncio.sleep(_SCHEMA_POLL_SECONDS)
 
-    async def watch_database(self, engine: Engine, revision: str) -> None:
-        """Wait for the schema, then ask the database again and again whether it still answers, for ever."""
-        await self.wait_for_database(engine, revision)
+    async def watch_database(self, engine: Engine) -> None:
+        """Ask the database again and again whether it still answers, for ever."""
         while True:
             try:
                 async with asyncio.timeout(self._silence_seconds_max):

@@ -47,6 +47,7 @@ class LogEvent(StrEnum):
     MESSAGE_PARKED = "message.parked"
     MESSAGE_CLAIMED = "message.claimed"
     TOPOLOGY_UNREPAIRED = "topology.unrepaired"
+    CONNECTIONS_SHORT = "connections.short"
     ROUND_FAILED = "round.failed"
     SPANS_LOST = "spans.lost"
     TRACING_MISSING = "tracing.missing"

@@ -201,6 +201,12 @@ class Settings:
     amqp_shards: int = _setting(
         "PAYOUTS_AMQP_SHARDS", _integer(1, 64), "1", "queues per kind of work; the same for every process"
     )
+    amqp_prefetch: int = _setting(
+        "PAYOUTS_AMQP_PREFETCH",
+        _integer(8, 1000),
+        "16",
+        "messages ahead of each queue and process; a claim takes up to 8",
+    )
     master_keys: dict[int, bytes] = field(
         repr=False,
         metadata={
@@ -241,6 +247,12 @@ class Settings:
         _integer(2, 100),
         "8",
         "connections per process; the sum must fit `max_connections`",
+    )
+    database_processes: int = _setting(
+        "PAYOUTS_DATABASE_PROCESSES",
+        _integer(0, 10_000),
+        "0",
+        "gateways and workers on this database, with those that a rolling change adds; 0: not told",
     )
     database_connect_timeout_seconds: float = _setting(
         "PAYOUTS_DATABASE_CONNECT_TIMEOUT_SECONDS",

@@ -18,7 +18,7 @@ from prometheus_client import Histogram
 from common import tracing
 from common.admin import Readiness, livez, readyz
 from common.db.callbacks import Event, ids_to_tell, traceparents_of
-from common.db.engine import close_engine, create_engine
+from common.db.engine import Engine, close_engine, create_engine
 from common.domain.ids import PAYOUT, render_id
 from common.domain.times import render_time
 from common.errors import (
@@ -124,6 +124,12 @@ def create_app(settings: Settings, readiness: Readiness, *, schema_revision: str
     return app
 
 
+async def _watch(readiness: Readiness, engine: Engine, schema_revision: str, settings: Settings) -> None:
+    """Tell whether the database is one to work with, and then whether it answers, for ever."""
+    await readiness.wait_for_database(engine, schema_revision, settings)
+    await readiness.watch_database(engine)
+
+
 def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Application], AsyncIterator[None]]:
     async def resources(app: web.Application) -> AsyncIterator[None]:
         settings = app[SETTINGS]
@@ -168,7 +174,7 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
         links = [Link("publish", settings.amqp_urls, publisher.session)] if settings.amqp_urls else []
         readiness.watch(links)
         publishing = [asyncio.create_task(link.run()) for link in links]
-        watching = asyncio.create_task(readiness.watch_database(accept_engine, schema_revision))
+        watching = asyncio.create_task(_watch(readiness, accept_engine, schema_revision, settings))
         yield
         watching.cancel()
         await app[ACCEPTOR].close(settings.drain_seconds)

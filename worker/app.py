@@ -94,7 +94,7 @@ class Worker:
             self.roles["settle"] = settler
             self.roles["collect"] = Collector(engine, registry, settings, tell=self._tell)
             self._consumers[Work.SETTLE] = Consumer(
-                self._topology, Work.SETTLE, settler.claim_messages, self._publisher
+                self._topology, Work.SETTLE, settler.claim_messages, self._publisher, prefetch=settings.amqp_prefetch
             )
         if "callbacks" in roles:
             session = await resources.enter_async_context(
@@ -110,7 +110,11 @@ class Worker:
             )
             self.roles["callbacks"] = deliverer
             self._consumers[Work.CALLBACK] = Consumer(
-                self._topology, Work.CALLBACK, deliverer.claim_messages, self._publisher
+                self._topology,
+                Work.CALLBACK,
+                deliverer.claim_messages,
+                self._publisher,
+                prefetch=settings.amqp_prefetch,
             )
         if "sweep" in roles:
             self._parked_count = ParkedCount(self._topology)
@@ -175,10 +179,10 @@ async def run_worker(settings: Settings, roles: Sequence[str], *, schema_revisio
         worker = Worker(settings)
         await worker.open(resources, engine, roles)
         get_logger().info(LogEvent.PROCESS_STARTED, roles=list(roles))
-        schema = asyncio.create_task(readiness.wait_for_database(engine, schema_revision))
+        schema = asyncio.create_task(readiness.wait_for_database(engine, schema_revision, settings))
         resources.callback(schema.cancel)
         await _first(schema, stop)
-        watching = asyncio.create_task(readiness.watch_database(engine, schema_revision))
+        watching = asyncio.create_task(readiness.watch_database(engine))
         resources.callback(watching.cancel)
         links = [] if stop.is_set() else worker.links()
         readiness.watch(links)

@@ -6,6 +6,7 @@ from typing import Any, Final, TypeVar
 from urllib.parse import urlencode
 
 from asyncpg.exceptions import TargetServerAttributeNotMatched
+from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -114,6 +115,18 @@ async def in_transaction(engine: Engine, work: Callable[[Tx], Awaitable[_T]], at
             except (DBAPIError, PoolTimeout, OSError, TimeoutError) as error:
                 raise _translate(error) from error
     raise AssertionError("unreachable: the loop returns or raises")
+
+
+async def find_room(tx: Tx) -> int:
+    """How many connections all our processes may have together: what is reserved for superusers is left out."""
+    row = await tx.execute(
+        text(
+            "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int"
+            # Since PostgreSQL 16.
+            " - coalesce(current_setting('reserved_connections', true), '0')::int AS room"
+        )
+    )
+    return int(row.scalar_one())
 
 
 def arrays_of(rows: Sequence[Any], kind: type[Any]) -> dict[str, list[Any]]:

@@ -21,7 +21,7 @@ from common.messaging.publisher import OPEN_TIMEOUT_SECONDS, Publisher
 from common.messaging.topology import Topology, Work, find_or_declare
 from common.process import end_tasks
 
-# Messages one claim may take, and what the broker may send ahead: one set being claimed, one arriving.
+# Messages one claim may take, and what the broker sends ahead of each queue: one set being claimed, one arriving.
 BATCH_MAX: Final = 8
 PREFETCH: Final = 2 * BATCH_MAX
 CANCEL_TIMEOUT_SECONDS: Final = 2.0
@@ -50,8 +50,17 @@ class Consumer:
     given up, since the scan will come upon the same ids, and say what is wrong with them.
     """
 
-    def __init__(self, topology: Topology, work: Work, claim: ClaimMessages, publisher: Publisher) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        work: Work,
+        claim: ClaimMessages,
+        publisher: Publisher,
+        *,
+        prefetch: int = PREFETCH,
+    ) -> None:
         self._topology = topology
+        self._prefetch = prefetch
         self._work = work
         self._claim = claim
         self._publisher = publisher
@@ -76,7 +85,7 @@ class Consumer:
         async with asyncio.timeout(OPEN_TIMEOUT_SECONDS):
             await find_or_declare(connection, self._topology, self._topology.queues(self._work))
             channel = await connection.channel(publisher_confirms=False)
-            await channel.set_qos(prefetch_count=PREFETCH)
+            await channel.set_qos(prefetch_count=self._prefetch)
             epoch = self._epoch = _Epoch(await channel.get_underlay_channel())
             await epoch.consume(self._topology.queues(self._work))
         if self._stopping:

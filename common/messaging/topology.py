@@ -16,6 +16,7 @@ from pamqp.common import Arguments
 
 QUORUM: Final[Arguments] = {"x-queue-type": "quorum"}
 DECLARE_TIMEOUT_SECONDS: Final = 10.0
+SHARDS_MAX: Final = 64
 
 
 class Work(StrEnum):
@@ -56,6 +57,11 @@ class Topology:
     def queues(self, work: Work) -> list[str]:
         """All queues of one kind of work."""
         return [self.queue(work, shard) for shard in range(self.shards)]
+
+    def retired_queues(self) -> Iterator[str]:
+        """The queues that there would be with more shards, and that nobody publishes to with these."""
+        for work in Work:
+            yield from (self.queue(work, shard) for shard in range(self.shards, SHARDS_MAX))
 
     def all_queues(self) -> Iterator[str]:
         """Every queue there is."""

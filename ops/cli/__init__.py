@@ -25,6 +25,7 @@ from ops.cli.parties import key_group, merchant_group, shop_group
 from ops.cli.payins import payin_group
 from ops.cli.payouts import payout_group
 from ops.cli.probing import preview_command, test_command
+from ops.cli.queues import queues_group
 from ops.cli.rails import rail_group
 from ops.cli.reconcile import reconcile_command
 from ops.cli.recover import recover_command
@@ -60,6 +61,7 @@ _COMMANDS: Final = (
     recover_command,
     export_command,
     parked_group,
+    queues_group,
     stuck_command,
     doctor_command,
     verify_command,

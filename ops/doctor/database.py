@@ -9,7 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from common.db.engine import driver_url
+from common.db.engine import driver_url, find_room
 from common.db.recovering import awaits_recovery
 from common.settings import Settings
 from migrations.run import MAY_BECOME, ROLES, newest_revision
@@ -96,15 +96,26 @@ async def _check_database(connection: AsyncConnection, settings: Settings) -> As
         "an answered 201 may be lost in a crash",
         Verdict.WRONG,
     )
-    room = int(await _show(connection, "max_connections")) - int(
-        await _show(connection, "superuser_reserved_connections")
-    )
-    processes = room // settings.database_pool_max
-    yield good_if(
-        processes >= 2,
+    yield _judge_room(await find_room(connection), settings)
+
+
+def _judge_room(room: int, settings: Settings) -> Finding:
+    """Whether the pools of all processes fit. How many there are only a setting tells."""
+    pool, told = settings.database_pool_max, settings.database_processes
+    fitting = f"{room}, enough for {room // pool} processes of {pool}"
+    if not told:
+        return good_if(
+            room // pool >= 2,
+            "connections",
+            fitting,
+            "the sum of PAYOUTS_DATABASE_POOL_MAX over all processes must fit max_connections: say PAYOUTS_DATABASE_PROCESSES",
+        )
+    return good_if(
+        told * pool <= room,
         "connections",
-        f"{room}, enough for {processes} processes of {settings.database_pool_max}",
-        "the sum of PAYOUTS_DATABASE_POOL_MAX over all processes must fit max_connections",
+        f"{fitting}; {told} processes may take {told * pool}",
+        "raise max_connections, or lower PAYOUTS_DATABASE_POOL_MAX or the number of processes",
+        Verdict.WRONG,
     )
 
 

@@ -25,6 +25,18 @@ def check_settings(settings: Settings) -> Iterator[Finding]:
         "one shop can take all: PAYOUTS_SETTLE_SHOP_CONCURRENCY below PAYOUTS_SETTLE_CONCURRENCY",
     )
     yield good_if(
+        settings.rail_connect_timeout_seconds < settings.rail_timeout_seconds,
+        "time-outs of rails",
+        f"{settings.rail_connect_timeout_seconds:g} s to connect, {settings.rail_timeout_seconds:g} s for the call",
+        "a rail that is away is taken for one that may have paid: PAYOUTS_RAIL_CONNECT_TIMEOUT_SECONDS below the other",
+    )
+    yield good_if(
+        settings.callback_lane_concurrency < settings.callback_concurrency,
+        "share per lane",
+        f"{settings.callback_lane_concurrency} of {settings.callback_concurrency} callbacks",
+        "one endpoint can take all: PAYOUTS_CALLBACK_LANE_CONCURRENCY below PAYOUTS_CALLBACK_CONCURRENCY",
+    )
+    yield good_if(
         settings.database_lock_timeout_seconds < settings.database_statement_timeout_seconds,
         "database time-outs",
         f"{settings.database_lock_timeout_seconds:g} s for a lock, {settings.database_statement_timeout_seconds:g} s"
