@@ -53,6 +53,17 @@ async def test_processes_started_before_the_migration_wait_for_it(server: Server
         await server.drop(name)
 
 
+async def test_processes_whose_pools_do_not_fit_say_so_and_work(database_url: str) -> None:
+    async with stack(database_url, PAYOUTS_DATABASE_PROCESSES="1000") as running:
+        for role in ROLES[:2]:
+            process = await running.start(*role)
+
+            async def said(process: Process = process) -> bool:
+                return "connections.short" in process.output
+
+            await eventually(said, f"{process.name} says so")
+
+
 async def is_connected(server: Server, database: str, application: str) -> bool:
     """Whether somebody whose name begins so is connected to a database."""
     connection = await asyncpg.connect(server.admin_url)

@@ -151,11 +151,23 @@ async def test_a_database_that_forgets_is_wrong(make_cluster: MakeCluster) -> No
     assert (ended.code, verdicts(ended)["durability"]) == (1, "wrong")
 
 
+@pytest.mark.parametrize(("processes", "verdict"), [("0", "good"), ("2", "good"), ("1000", "wrong")])
+async def test_pools_must_fit_the_database_when_their_number_is_told(
+    database_url: str, processes: str, verdict: str
+) -> None:
+    ended = await Terminal(environment(database_url, PAYOUTS_DATABASE_PROCESSES=processes)).run("doctor", "--json")
+
+    assert verdicts(ended)["connections"] == verdict
+    assert ("PAYOUTS_DATABASE_POOL_MAX" in advice(ended, "connections")) == (verdict == "wrong")
+
+
 @pytest.mark.parametrize(
     ("variables", "subject"),
     [
         ({"PAYOUTS_DRAIN_SECONDS": "5"}, "leaving"),
         ({"PAYOUTS_SETTLE_SHOP_CONCURRENCY": "600"}, "share per shop"),
+        ({"PAYOUTS_RAIL_CONNECT_TIMEOUT_SECONDS": "20"}, "time-outs of rails"),
+        ({"PAYOUTS_CALLBACK_LANE_CONCURRENCY": "512"}, "share per lane"),
         ({"PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS": "20"}, "database time-outs"),
         ({"PAYOUTS_CALLBACK_PRIVATE_ADDRESSES": "1"}, "callback addresses"),
         ({"DATABASE_URL": "postgresql://user:hunter2@db.example/payouts"}, "way to the database"),
