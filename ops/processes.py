@@ -1,6 +1,7 @@
 """The processes of the stack on this machine: started, watched, started again, stopped; leftovers found by their records."""
 
 import asyncio
+import errno
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ READY_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 10.0
 _LEFTOVER_SECONDS: Final = 5.0
 _POLL_SECONDS: Final = 0.1
+_PORT_TAKEN: Final = os.strerror(errno.EADDRINUSE).lower()
 
 # Between a death and the next start; a process that lived for a while starts over at the first.
 _RESTART_DELAYS_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -35,8 +37,8 @@ class ProcessFailed(Exception):
     """A process that does not start; the text is for the person at the terminal and ends with its log's last lines."""
 
 
-class ProcessSlow(ProcessFailed):
-    """One that may yet have started, had it been given more time."""
+class StartAgain(ProcessFailed):
+    """One that starts when it is started again: it needed more time, or somebody was quicker to take its port."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class Process:
                 await self._wait_until_ready(self._process)
         except TimeoutError:
             await self.stop()
-            raise ProcessSlow(f"{self.name} is not ready after {READY_SECONDS:g} s{self._last_lines()}") from None
+            raise StartAgain(f"{self.name} is not ready after {READY_SECONDS:g} s{self._last_lines()}") from None
 
     async def keep(self, say: Say) -> None:
         """Start it again whenever it dies, a little later each time, and say so; for ever."""
@@ -140,7 +142,9 @@ class Process:
             if await _answers(f"{loopback_url(self.port)}/readyz"):
                 return
             await asyncio.sleep(_POLL_SECONDS)
-        raise ProcessFailed(f"{self.name} died ({_describe(process.returncode)}){self._last_lines()}")
+        failure = f"{self.name} died ({_describe(process.returncode)}){self._last_lines()}"
+        port_taken = self._program.port is None and _PORT_TAKEN in self._last_lines()
+        raise StartAgain(failure) if port_taken else ProcessFailed(failure)
 
     def _write_record(self, process_id: int) -> None:
         with suppress(psutil.NoSuchProcess):

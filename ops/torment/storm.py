@@ -18,7 +18,7 @@ from common.db.invariants import RULES
 from common.domain.money import CURRENCY_EXPONENTS, render_amount
 from common.errors import Transient
 from ops.broker import CONNECT_ERRORS, BrokerUnusable
-from ops.processes import Process, ProcessFailed, ProcessSlow
+from ops.processes import Process, ProcessFailed, StartAgain
 from ops.servers import OwnServer, ServerFailed
 from ops.torment.clients import Clients, Tally
 from ops.torment.scene import CURRENCY, Plan, Scene, scene
@@ -128,7 +128,7 @@ class Storm:
             try:
                 await victim.start()
                 break
-            except (ProcessSlow, ServerFailed):
+            except (StartAgain, ServerFailed):
                 self._report.slow_starts[_kind(victim)] += 1
             except ProcessFailed as failure:
                 self._report.faults.append(f"{victim.name} did not start: {failure}")
