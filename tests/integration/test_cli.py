@@ -128,6 +128,7 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "callbacks resume",
         "lane hold",
         "lane release",
+        "recover",
     }
     assert asks_reason == {
         "keys rotate-master",
@@ -148,6 +149,7 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "callbacks resume",
         "lane hold",
         "lane release",
+        "recover",
     }
 
 
