@@ -68,7 +68,7 @@ async def test_starts_accepts_and_settles_without_a_broker(stage: Scene) -> None
         assert await http_status(f"{stage.stack.base_url}/readyz") == 200
         assert await told(f"{stage.stack.base_url}/readyz") == "away: publish"
         assert await told(f"http://127.0.0.1:{worker.admin_port}/readyz") == (
-            "away: publish, consume settle, consume callback"
+            "away: publish, consume settle, consume callback, count parked"
         )
         assert await connected(stage, gateway, "publish") == 0
         assert await connected(stage, worker, "consume settle") == 0
