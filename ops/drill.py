@@ -354,7 +354,7 @@ def main(count: int, unsent: int, seed: int, mood: str, deadline: float, with_br
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     console.print(render_table(report))
-    print_differences(console, report.verdict)
+    print_differences(console, report.verdict.differences)
     sys.exit(0 if report.is_sound else 1)
 
 

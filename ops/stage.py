@@ -10,7 +10,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,16 +27,19 @@ from common.domain.payout import STAGES
 from common.domain.signing import sign_v1
 from common.settings import Settings
 from ops import broker, database
-from ops.onboarding import add_http_rail, add_key, add_merchant, add_shop, top_up
+from ops.onboarding import add_http_rail, add_key, add_merchant, add_shop, rotate_webhook_secret, top_up
 from ops.ports import choose_port, loopback_url
 from ops.processes import Process, Program
 from ops.rabbitmq import find_server
+from ops.receiver import PAYOUTS_MAX
 from ops.reconciliation import compare, find_ours
 from ops.servers import OwnServer
 from ops.simulator.ledger import Ledger
 from ops.state import LOCAL_DEFAULTS, Demo, find_or_make_keys, save_demo
 
 RAIL: Final = "bank"
+PATH: Final = "/api/v1/payouts"
+CURRENCY: Final = "BDT"
 UNFINISHED: Final = frozenset(stage.value for stage in STAGES)
 POLL_SECONDS: Final = 1.0
 
@@ -48,10 +51,12 @@ _HASTE: Final = {
     "PAYOUTS_SUBMIT_DELAYS_SECONDS": "0.2,0.5,1,2,5,10,20,40,60,60",
     "PAYOUTS_LOOK_UP_DELAYS_SECONDS": "0.5,1,2,4,8,15",
     "PAYOUTS_RAIL_BREAKER_REST_SECONDS": "1",
+    "PAYOUTS_CALLBACK_TIMEOUT_SECONDS": "5",
+    "PAYOUTS_CALLBACK_LEASE_SECONDS": "12",
 }
 _PACE_SECONDS: Final = 0.5
 _SLOW_SECONDS: Final = 3.0
-_PATH: Final = "/api/v1/payouts"
+_FUNDS: Final = "1000000000.00"
 _CONCURRENCY: Final = 24
 _RETRY_SECONDS: Final = 0.2
 _REQUEST_SECONDS: Final = 15.0
@@ -60,38 +65,55 @@ _DIFFERENCES_SHOWN: Final = 10
 
 @dataclass(slots=True)
 class Stage:
-    """What runs: the merchant's way in, the bank's books, and our processes, by kind. `repeats`: of requests not answered."""
+    """What runs: the merchant's way in, the bank's books, our processes by kind, and the servers, PostgreSQL first.
+
+    `repeats`: of requests not answered.
+    """
 
     name: str
     demo: Demo
+    settings: Settings
     engine: Engine
     ledger: Path
     environment: Mapping[str, str]
+    shops: list[str]
     processes: dict[str, list[Process]]
+    servers: list[OwnServer]
     seed: int
     repeats: int = 0
 
 
 @asynccontextmanager
 async def stage(
-    folder: Path, *, name: str, seed: int, mood: str, store: OwnServer, with_broker: bool = True, copies: int = 2
+    folder: Path,
+    *,
+    name: str,
+    seed: int,
+    mood: str,
+    store: OwnServer | None = None,
+    with_broker: bool = True,
+    copies: int = 2,
+    shops: int = 1,
+    payouts_max: int = PAYOUTS_MAX,
 ) -> AsyncIterator[Stage]:
     """Bring everything up, and take it down again, with the data of both servers.
 
-    `name`: the merchant's, and of its shop. `copies`: of each process that there may be many of.
+    `name`: the merchant's, and of its first shop. `store`: a PostgreSQL of the caller's. `copies`: of each process that
+    there may be many of. `payouts_max`: how many payouts the receiver remembers.
     """
     async with AsyncExitStack() as running:
         running.callback(broker.remove_own, folder)
         running.callback(database.remove_own, folder)
         for part in ("logs", "processes"):
             (folder / part).mkdir()
-        environment = await _environment(folder, running, store, with_broker=with_broker)
+        environment, servers = await _environment(folder, running, store, with_broker=with_broker)
         settings = Settings.from_environ(environment)
         await database.migrate(settings.database_url)
         engine = create_engine(settings, role="payouts_ops", application=f"payouts-{name}")
         running.push_async_callback(engine.dispose)
         bank_port, receiver_port = choose_port(), choose_port()
-        demo, rail_secret = await _seed(engine, settings, name, bank_port, receiver_port)
+        codes = [name, *(f"{name}-{number}" for number in range(2, shops + 1))]
+        demo, rail_secret = await _seed(engine, settings, codes, bank_port, receiver_port)
         save_demo(folder, demo)
         ledger = folder / "bank.sqlite"
         bank = (
@@ -100,7 +122,16 @@ async def stage(
             *("--pace-seconds", str(_PACE_SECONDS), "--slow-seconds", str(_SLOW_SECONDS)),
         )
         numbers = range(1, copies + 1)
-        receiver = ("-m", "ops.receiver", "--port", str(receiver_port), "--folder", str(folder))
+        receiver = (
+            "-m",
+            "ops.receiver",
+            "--port",
+            str(receiver_port),
+            "--folder",
+            str(folder),
+            "--payouts-max",
+            str(payouts_max),
+        )
         programs = {
             "bank": [Program("bank", bank, bank_port)],
             "receiver": [Program("receiver", receiver, receiver_port)],
@@ -117,15 +148,19 @@ async def stage(
         for process in everybody:
             running.push_async_callback(process.stop)
         await asyncio.gather(*(process.start() for process in everybody))
-        yield Stage(name, demo, engine, ledger, environment, processes, seed)
+        yield Stage(name, demo, settings, engine, ledger, environment, codes, processes, servers, seed)
 
 
-async def _environment(folder: Path, running: AsyncExitStack, store: OwnServer, *, with_broker: bool) -> dict[str, str]:
+async def _environment(
+    folder: Path, running: AsyncExitStack, store: OwnServer | None, *, with_broker: bool
+) -> tuple[dict[str, str], list[OwnServer]]:
     """The settings of every process, with a database of our own, and a broker if the machine has one."""
-    running.push_async_callback(store.stop)
+    servers = [store or database.own_database(folder)]
+    running.push_async_callback(servers[0].stop)
     amqp_url, server = "", find_server() if with_broker else None
     if server is not None:
         node = broker.own_broker(folder, server)
+        servers.append(node)
         running.push_async_callback(node.stop)
         amqp_url = await node.start()
     return {
@@ -133,32 +168,50 @@ async def _environment(folder: Path, running: AsyncExitStack, store: OwnServer, 
         **LOCAL_DEFAULTS,
         **find_or_make_keys(folder),
         **_HASTE,
-        "DATABASE_URL": await store.start(),
+        "DATABASE_URL": await servers[0].start(),
         "AMQP_URL": amqp_url,
         "PORT": str(choose_port()),
-    }
+    }, servers
 
 
-async def _seed(engine: Engine, settings: Settings, name: str, bank_port: int, receiver_port: int) -> tuple[Demo, str]:
-    """A merchant whose shop's payouts go to the bank, and the secret that the bank signs with."""
-    keyring, actor = settings.keyring, f"ops.{name}"
+async def _seed(
+    engine: Engine, settings: Settings, shops: list[str], bank_port: int, receiver_port: int
+) -> tuple[Demo, str]:
+    """A merchant whose shops' payouts go to the bank, and the secret that the bank signs with."""
+    name, keyring = shops[0], settings.keyring
+    actor = f"ops.{name}"
     rail_secret = await add_http_rail(
         engine, keyring, name=RAIL, base_url=loopback_url(bank_port), authoritative=True, actor=actor
     )
     await add_merchant(engine, code=name, name=name.capitalize(), actor=actor)
-    webhook_secret = await add_shop(
-        engine,
-        keyring,
-        merchant=name,
-        code=name,
-        currency="BDT",
-        rail=RAIL,
-        is_default=True,
-        webhook_url=f"{loopback_url(receiver_port)}/callbacks",
-        payment_data_schema=None,
-        actor=actor,
-    )
-    await top_up(engine, merchant=name, shop=name, amount="100000000.00", reason="funds", actor=actor)
+    webhook_secret = ""
+    for shop in shops:
+        secret = await add_shop(
+            engine,
+            keyring,
+            merchant=name,
+            code=shop,
+            currency=CURRENCY,
+            rail=RAIL,
+            is_default=not webhook_secret,
+            webhook_url=f"{loopback_url(receiver_port)}/callbacks",
+            payment_data_schema=None,
+            actor=actor,
+        )
+        webhook_secret = webhook_secret or secret
+        if secret != webhook_secret:
+            # The receiver knows one.
+            await rotate_webhook_secret(
+                engine,
+                keyring,
+                merchant=name,
+                shop=shop,
+                grace_seconds=0,
+                reason="one for all",
+                actor=actor,
+                secret=webhook_secret,
+            )
+        await top_up(engine, merchant=name, shop=shop, amount=_FUNDS, reason="funds", actor=actor)
     key = await add_key(engine, keyring, merchant=name, actor=actor)
     demo = Demo(
         base_url=loopback_url(settings.port),
@@ -166,7 +219,7 @@ async def _seed(engine: Engine, settings: Settings, name: str, bank_port: int, r
         api_secret=key.secret,
         webhook_secret=webhook_secret,
         shop_code=name,
-        currency="BDT",
+        currency=CURRENCY,
         receiver_url=loopback_url(receiver_port),
         database_url=settings.database_url,
         amqp_url=None,
@@ -195,7 +248,7 @@ async def send_once(on: Stage, session: aiohttp.ClientSession, external_id: str)
         {
             "external_id": external_id,
             "amount": f"{chance.randrange(1, 500)}.00",
-            "currency": "BDT",
+            "currency": CURRENCY,
             "card_number": f"017{chance.randrange(10**8):08}",
         }
     ).encode()
@@ -204,10 +257,10 @@ async def send_once(on: Stage, session: aiohttp.ClientSession, external_id: str)
         "Content-Type": "application/json",
         "X-API-Key": on.demo.api_key,
         "X-Timestamp": timestamp,
-        "X-Signature": sign_v1(on.demo.api_secret, timestamp, "POST", _PATH, "", body),
+        "X-Signature": sign_v1(on.demo.api_secret, timestamp, "POST", PATH, "", body),
     }
     with suppress(aiohttp.ClientError, TimeoutError):
-        async with session.post(on.demo.base_url + _PATH, data=body, headers=headers) as response:
+        async with session.post(on.demo.base_url + PATH, data=body, headers=headers) as response:
             return response.status
     return None
 
@@ -293,12 +346,17 @@ def add_verdict(table: Table, verdict: Verdict) -> None:
     table.add_row("the bank's ledger", f"{tell_counts(verdict.statuses)}; asked again {verdict.resends:,} times")
     table.add_row("discrepancies", tell_counts(verdict.discrepancies))
     table.add_row("callbacks so far", tell_counts(verdict.callbacks))
-    table.add_row("side by side", f"{len(verdict.differences):,} differences" if verdict.differences else "equal")
-    ledger = "; ".join(f"{f.rule.name}: {f.count}, first {', '.join(f.offenders)}" for f in verdict.broken)
-    table.add_row("verify", ledger or f"all {len(RULES)} rules hold")
+    add_findings(table, verdict.differences, verdict.broken)
 
 
-def print_differences(console: Console, verdict: Verdict) -> None:
+def add_findings(table: Table, differences: Sequence[str], broken: Sequence[Finding]) -> None:
+    """Where the ledgers differ, and which rules are broken."""
+    table.add_row("side by side", f"{len(differences):,} differences" if differences else "equal")
+    rules = "; ".join(f"{f.rule.name}: {f.count}, first {', '.join(f.offenders)}" for f in broken)
+    table.add_row("verify", rules or f"all {len(RULES)} rules hold")
+
+
+def print_differences(console: Console, differences: Sequence[str]) -> None:
     """The first of them, one a line."""
-    for difference in verdict.differences[:_DIFFERENCES_SHOWN]:
+    for difference in differences[:_DIFFERENCES_SHOWN]:
         console.print(difference, markup=False, highlight=False)

@@ -6,14 +6,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console
 
+from ops.stage import print_differences
 from ops.torment import bad_bank, storm
 
-_DIFFERENCES_SHOWN: Final = 10
 _Report = TypeVar("_Report", bad_bank.Report, storm.Report)
 
 
@@ -50,7 +50,7 @@ def main(
             console,
         )
         console.print(bad_bank.render_table(calm, payouts))
-        sound = calm.is_sound and sum(calm.states.values()) == payouts
+        sound = calm.is_sound and sum(calm.verdict.states.values()) == payouts
     if storm_seconds:
         console.rule("a storm")
         report = _run(
@@ -80,8 +80,7 @@ def _run(torment: Callable[[Path], Coroutine[Any, Any, _Report]], console: Conso
     finally:
         if not kept:
             shutil.rmtree(folder, ignore_errors=True)
-    for difference in report.differences[:_DIFFERENCES_SHOWN]:
-        console.print(difference, markup=False, highlight=False)
+    print_differences(console, report.differences)
     if kept:
         console.print(f"logs and answers are kept in {folder}", markup=False, highlight=False)
     return report

@@ -14,8 +14,8 @@ from typing import Any, Final
 import aiohttp
 
 from common.domain.signing import sign_v1
+from ops.stage import CURRENCY, PATH
 from ops.state import Demo
-from ops.torment.scene import CURRENCY, PATH
 
 # More than any shop has: refused for ever, however often it is asked.
 TOO_MUCH: Final = "9000000000.00"

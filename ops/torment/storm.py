@@ -8,20 +8,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
-from typing import Any, Final
+from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from common.db.invariants import RULES
 from common.domain.money import CURRENCY_EXPONENTS, render_amount
 from common.errors import Transient
 from ops.broker import CONNECT_ERRORS, BrokerUnusable
 from ops.processes import Process, ProcessFailed, StartAgain
 from ops.servers import OwnServer, ServerFailed
+from ops.stage import CURRENCY, Stage, add_findings, stage, tell_counts
 from ops.torment.clients import Clients, Tally
-from ops.torment.scene import CURRENCY, Plan, Scene, scene
 from ops.torment.verdict import Backlog, Verdict, find_backlog, judge
 
 ANSWERS: Final = "answers.jsonl"
@@ -68,7 +67,7 @@ class Report:
 class Storm:
     """Who is killed when, and brought back: at once, as a supervisor would."""
 
-    def __init__(self, on: Scene, report: Report, chance: random.Random) -> None:
+    def __init__(self, on: Stage, report: Report, chance: random.Random) -> None:
         self._victims: list[Victim] = [*(p for kind in _OURS for p in on.processes[kind]), *on.servers]
         self._report = report
         self._chance = chance
@@ -179,7 +178,7 @@ async def run(
     """Let it storm for so long, wait until all is quiet, and judge. `deadline_seconds`: from the end of the storm on."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     count = round(rate * seconds)
-    async with scene(folder, Plan(_MOOD, seed, _SHOPS, payouts_max=count)) as on:
+    async with stage(folder, name="torment", mood=_MOOD, seed=seed, shops=_SHOPS, payouts_max=count) as on:
         chance = random.Random(seed)  # noqa: S311 no secret
         answers = folder / ANSWERS
         clients = Clients(on.demo, on.shops, answers, waiting_max=round(rate * _WAITING_SECONDS_MAX), chance=chance)
@@ -202,7 +201,7 @@ async def run(
         return report
 
 
-async def _until_quiet(on: Scene, clients: Clients, storm: Storm, report: Report, deadline_seconds: float) -> None:
+async def _until_quiet(on: Stage, clients: Clients, storm: Storm, report: Report, deadline_seconds: float) -> None:
     """Return when there is nothing left to do; when that takes too long, note what there is."""
     started = time.monotonic()
     backlog: Backlog | None = None
@@ -219,13 +218,13 @@ async def _until_quiet(on: Scene, clients: Clients, storm: Storm, report: Report
     )
 
 
-async def _watch(on: Scene, show: Show) -> None:
+async def _watch(on: Stage, show: Show) -> None:
     while True:
         show(await _look(on))
         await asyncio.sleep(_POLL_SECONDS)
 
 
-async def _look(on: Scene) -> Backlog | None:
+async def _look(on: Stage) -> Backlog | None:
     """What is still to be done; None while somebody who could tell is dead."""
     with suppress(Transient, BrokerUnusable, *CONNECT_ERRORS):
         return await find_backlog(on)
@@ -234,10 +233,6 @@ async def _look(on: Scene) -> Backlog | None:
 
 def render_table(report: Report) -> Table:
     """How it went, a row for each thing."""
-
-    def tell(counts: Any) -> str:
-        return " · ".join(f"{name} {number:,}" for name, number in sorted(counts.items())) or "none"
-
     tally, verdict = report.tally, report.verdict
     exponent = CURRENCY_EXPONENTS[CURRENCY]
     table = Table("", "", show_header=False)
@@ -251,27 +246,28 @@ def render_table(report: Report) -> Table:
         f" {report.accepted_in_time / report.seconds:,.1f} per second",
     )
     table.add_row("refused", f"{tally.refused:,} for which there is not enough money")
-    table.add_row("answers", tell(tally.answers))
+    table.add_row("answers", tell_counts(tally.answers))
     if len(tally.answer_seconds) > 1:
         percentiles = quantiles(tally.answer_seconds, n=1000)
         told = " · ".join(
             f"p{name} {percentiles[at] * 1000:,.0f} ms" for name, at in (("50", 499), ("99", 989), ("99.9", 998))
         )
         table.add_row("until the last word", f"{told} · longest {max(tally.answer_seconds):.1f} s")
-    table.add_row("killed -9", f"{report.kills.total()}: {tell(report.kills)}")
+    table.add_row("killed -9", f"{report.kills.total()}: {tell_counts(report.kills)}")
     away = {name: f"{sum(s) / len(s):.1f} (longest {max(s):.1f})" for name, s in sorted(report.away_seconds.items())}
     table.add_row("seconds until back", " · ".join(f"{name} {told}" for name, told in away.items()))
-    table.add_row("starts given up", tell(report.slow_starts))
+    table.add_row("starts given up", tell_counts(report.slow_starts))
     quiet = "never" if report.quiet_seconds is None else f"{report.quiet_seconds:.0f} s after the storm"
     table.add_row("all quiet", quiet)
-    table.add_row("our ledger", f"{tell(verdict.states)}; captured {render_amount(verdict.captured_minor, exponent)}")
+    table.add_row(
+        "our ledger", f"{tell_counts(verdict.states)}; captured {render_amount(verdict.captured_minor, exponent)}"
+    )
     table.add_row(
         "the bank's ledger",
-        f"{tell(verdict.bank)}; paid {render_amount(verdict.paid_minor, exponent)}; asked again {verdict.resends:,} times",
+        f"{tell_counts(verdict.bank)}; paid {render_amount(verdict.paid_minor, exponent)};"
+        f" asked again {verdict.resends:,} times",
     )
     table.add_row("discrepancies", f"{verdict.discrepancies:,}")
-    table.add_row("callbacks", tell(verdict.callbacks))
-    table.add_row("side by side", f"{len(report.differences):,} differences" if report.differences else "equal")
-    rules = "; ".join(f"{f.rule.name}: {f.count}, first {', '.join(f.offenders)}" for f in verdict.broken)
-    table.add_row("verify", rules or f"all {len(RULES)} rules hold")
+    table.add_row("callbacks", tell_counts(verdict.callbacks))
+    add_findings(table, report.differences, verdict.broken)
     return table

@@ -21,8 +21,8 @@ from common.messaging.topology import Topology
 from ops.broker import connect_any
 from ops.reconciliation import compare, find_ours
 from ops.simulator.ledger import Ledger, Payment
+from ops.stage import CURRENCY, RAIL, Stage, count_states
 from ops.torment.clients import TOO_MUCH, Exchange, read_answers
-from ops.torment.scene import CURRENCY, RAIL, Scene, count_states
 
 _STUCK_SECONDS: Final = 5.0
 _STUCK_ROWS_MAX: Final = 20
@@ -89,7 +89,7 @@ class _Told:
     exchanges: int = 0
 
 
-async def find_backlog(on: Scene) -> Backlog:
+async def find_backlog(on: Stage) -> Backlog:
     """What is still to be done. Raises: `common.errors.Transient`, and when the broker is away `BrokerUnusable`."""
     row = (
         await in_transaction(
@@ -108,7 +108,7 @@ async def find_backlog(on: Scene) -> Backlog:
     return Backlog(row.payouts, row.callbacks, row.rail_events, untold, await _count_messages(on))
 
 
-async def _count_messages(on: Scene) -> int:
+async def _count_messages(on: Stage) -> int:
     if not on.settings.amqp_urls:
         return 0
     topology = Topology(on.settings.amqp_queue_prefix, on.settings.amqp_shards)
@@ -119,7 +119,7 @@ async def _count_messages(on: Scene) -> int:
         return sum(queue.declaration_result.message_count or 0 for queue in queues)
 
 
-async def judge(on: Scene, answers: Path) -> Verdict:
+async def judge(on: Stage, answers: Path) -> Verdict:
     """Lay everything side by side; to be asked when all is quiet."""
     verdict = Verdict(states=await count_states(on.engine))
     ledger = Ledger(on.ledger)
@@ -237,7 +237,7 @@ def _digest(card_number: str) -> str:
     return hashlib.sha256(json.dumps({"number": card_number}, sort_keys=True).encode()).hexdigest()
 
 
-async def _compare_callbacks(on: Scene, verdict: Verdict) -> list[str]:
+async def _compare_callbacks(on: Stage, verdict: Verdict) -> list[str]:
     """Every end of a payout was told to its receiver, who verified it; and nothing else was."""
     timeout = aiohttp.ClientTimeout(total=_RECEIVED_SECONDS)
     async with (
