@@ -15,6 +15,13 @@ TABLES = [
     "ALTER TABLE callbacks ADD COLUMN traceparent text",
 ]
 
+GUARDS = [
+    """
+    CREATE TRIGGER payouts_trace_fixed BEFORE UPDATE OF traceparent ON payouts
+      FOR EACH ROW WHEN (OLD.traceparent IS DISTINCT FROM NEW.traceparent) EXECUTE FUNCTION refuse_change()
+    """,
+]
+
 GRANTS = [
     "GRANT SELECT (traceparent) ON payouts TO payouts_gateway",
 ]
@@ -22,5 +29,5 @@ GRANTS = [
 
 def upgrade() -> None:
     """Add it."""
-    for statement in TABLES + GRANTS:
+    for statement in TABLES + GUARDS + GRANTS:
         op.execute(statement)

@@ -623,6 +623,7 @@ CASES: list[tuple[str, str, str, tuple[str, ...]]] = [
         _create(due=_DUE.replace("rail)", "rail, expires_at)").replace("'sandbox')", "'sandbox', now())")),)),
     ("a due row expires later", OWNER, "payout_due_expiry_fixed", ("UPDATE payout_due SET expires_at = now()",)),
     ("a payout expires later", OWNER, "payouts_expiry_fixed", ("UPDATE payouts SET expires_at = now()",)),
+    ("a payout joins another trace", OWNER, "payouts_trace_fixed", ("UPDATE payouts SET traceparent = 'another'",)),
     *(
         (f"{role} writes history", role, NOT_ALLOWED, ("INSERT INTO payout_moves DEFAULT VALUES",))
         for role in APPLICATION
@@ -1164,7 +1165,7 @@ async def test_terms_that_may_not_change_are_all_but_those_that_tell_a_payouts_p
         watched = await tx.scalars(
             text(
                 "SELECT pg_get_triggerdef(oid) FROM pg_trigger"
-                " WHERE tgname IN ('payouts_terms_fixed', 'payouts_expiry_fixed')"
+                " WHERE tgname IN ('payouts_terms_fixed', 'payouts_expiry_fixed', 'payouts_trace_fixed')"
             )
         )
     assert set(granted) == progress
