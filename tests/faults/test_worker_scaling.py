@@ -43,7 +43,9 @@ async def test_leaves_in_order_under_load(stage: Scene) -> None:
             assert await leaving.stop() == 0
             assert monotonic() - began < 10
             await stage.answered(100)
-        assert proxy.counts[Way.UP, CONNECTION_CLOSE] == 4, "of the publisher, both consumers and the count of what is parked"
+        assert proxy.counts[Way.UP, CONNECTION_CLOSE] == 4, (
+            "of the publisher, both consumers and the count of what is parked"
+        )
         assert proxy.counts[Way.DOWN, DELIVER] > 0
         assert proxy.unacknowledged == 0, "a message was neither acknowledged nor handed back"
         assert proxy.unconfirmed == 0
