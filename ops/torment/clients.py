@@ -56,7 +56,7 @@ class Tally:
 
 
 class Clients:
-    """All merchants of the scene. `waiting_max`: how many payouts may wait in the client for their last word."""
+    """All merchants of the stage. `waiting_max`: how many payouts may wait in the client for their last word."""
 
     def __init__(self, demo: Demo, shops: list[str], answers: Path, *, waiting_max: int, chance: random.Random) -> None:
         self.tally = Tally()
