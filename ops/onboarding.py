@@ -44,7 +44,6 @@ from common.webhook_secrets import make_webhook_secret, seal_webhook_secret
 
 _T = TypeVar("_T")
 
-_ACCOUNT_WAIT_SECONDS: Final = 5.0
 
 SCOPES: Final = ("payouts:write", "payouts:read", "payins:write", "payins:read", "balance:read")
 
@@ -208,7 +207,7 @@ async def freeze_shop(engine: Engine, *, merchant: str, shop: str, reason: str, 
 
     async def work(tx: Tx) -> None:
         found = await _shop(tx, merchant, shop)
-        await lock_accounts(tx, [found.account_id], wait_seconds=_ACCOUNT_WAIT_SECONDS)
+        await lock_accounts(tx, [found.account_id], wait_seconds=None)
         if not await save_shop_status(tx, found.id, "inactive"):
             raise OnboardingRefused(f"the shop {merchant}/{shop} is frozen already")
         await append_audit(tx, actor=actor, action="shop.freeze", subject=f"{merchant}/{shop}", reason=reason)

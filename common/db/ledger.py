@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import func, insert, select, text
@@ -33,15 +33,26 @@ class LockedAccount:
 _LOCK_ACCOUNTS = text(
     "SELECT l.*, now() AS locked_at FROM lock_accounts(CAST(:ids AS bigint[]), CAST(:wait_ms AS integer)) l"
 )
+_LOCK_ACCOUNTS_AS_ANY = text(
+    "SELECT l.*, now() AS locked_at FROM lock_accounts(CAST(:ids AS bigint[]),"
+    " (1000 * extract(epoch FROM CAST(current_setting('lock_timeout') AS interval)))::integer) l"
+)
 
 
-async def lock_accounts(tx: Tx, account_ids: Collection[int], *, wait_seconds: float) -> dict[int, LockedAccount]:
+async def lock_accounts(
+    tx: Tx, account_ids: Collection[int], *, wait_seconds: float | None
+) -> dict[int, LockedAccount]:
     """Lock accounts until the transaction ends. With `wait_seconds` 0, those that somebody else holds are left out.
+
+    None: wait as long as the session does for any lock.
 
     Locks: accounts in id order, `FOR NO KEY UPDATE`.
     Raises: `AccountBusy` (by `in_transaction`) when one is held for longer than `wait_seconds`.
     """
-    rows = await tx.execute(_LOCK_ACCOUNTS, {"ids": list(account_ids), "wait_ms": int(wait_seconds * 1000)})
+    if wait_seconds is None:
+        rows = await tx.execute(_LOCK_ACCOUNTS_AS_ANY, {"ids": list(account_ids)})
+    else:
+        rows = await tx.execute(_LOCK_ACCOUNTS, {"ids": list(account_ids), "wait_ms": int(wait_seconds * 1000)})
     return {
         row.id: LockedAccount(
             account=Account(row.id, row.posted_minor, row.held_minor, row.credit_limit_minor, row.last_seq),
@@ -54,9 +65,6 @@ async def lock_accounts(tx: Tx, account_ids: Collection[int], *, wait_seconds: f
     }
 
 
-_OPERATOR_WAIT_SECONDS: Final = 5.0
-
-
 async def append_adjustment(
     tx: Tx, *, account_id: int, amount_minor: int, actor: str, reason: str, subject: str
 ) -> None:
@@ -65,7 +73,7 @@ async def append_adjustment(
     Amounts: minor units, positive.
     Locks: the account.
     """
-    locked = (await lock_accounts(tx, [account_id], wait_seconds=_OPERATOR_WAIT_SECONDS))[account_id]
+    locked = (await lock_accounts(tx, [account_id], wait_seconds=None))[account_id]
     entry = locked.account.append(EntryKind.ADJUSTMENT, amount_minor)
     audit_id = await append_audit(
         tx,

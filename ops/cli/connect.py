@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from sqlalchemy.engine import make_url
@@ -124,10 +125,21 @@ def _parse_settings(environment: dict[str, str]) -> Settings:
 
 def _run(settings: Settings, role: str, work: Callable[[Engine], Awaitable[_T]]) -> _T:
     async def connected() -> _T:
-        engine = create_engine(settings, role=role, application="payouts-cli")
+        engine = create_engine(_patient(settings), role=role, application="payouts-cli")
         try:
             return await work(engine)
         finally:
             await engine.dispose()
 
     return run_explained(connected())
+
+
+def _patient(settings: Settings) -> Settings:
+    """For commands: they outwait a process that stands still in a transaction, whose session PostgreSQL ends in the end."""
+    ends_seconds = settings.database_statement_timeout_seconds
+    lock_seconds = ends_seconds + settings.database_lock_timeout_seconds
+    return replace(
+        settings,
+        database_lock_timeout_seconds=lock_seconds,
+        database_statement_timeout_seconds=lock_seconds + ends_seconds,
+    )

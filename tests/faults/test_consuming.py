@@ -23,7 +23,7 @@ from tests.factories import environment, execute, fetch
 from tests.faults.amqp_proxy import ACK, DELIVER, AmqpProxy, Fate, Way
 from tests.faults.proxy import Proxy
 from tests.faults.proxy import proxy as database_proxy
-from tests.faults.scene import LAG_SECONDS_MAX, SHORT_LEASES, Parked, Scene, control, declare_all
+from tests.faults.scene import LAG_SECONDS_MAX, Parked, Scene, control, declare_all
 from tests.stack import eventually
 from tests.terminal import Terminal
 
@@ -274,7 +274,13 @@ async def test_settles_at_once_what_was_claimed_when_the_connection_broke(
 ) -> None:
     """Fault: the broker's connection is reset while the answer to the claim's COMMIT is on its way from the database."""
     gateway = await stage.start("gateway")
-    worker = await stage.start("worker", "settle", AMQP_URL=proxy.url, DATABASE_URL=slow_database.url)
+    # The sandbox keeps its books in the same database: there a new connection takes it seconds.
+    slow = {
+        "DATABASE_URL": slow_database.url,
+        "PAYOUTS_RAIL_TIMEOUT_SECONDS": "5",
+        "PAYOUTS_SETTLE_LEASE_SECONDS": "12",
+    }
+    worker = await stage.start("worker", "settle", AMQP_URL=proxy.url, **slow)
     await stage.start("worker", "callbacks")
     await stage.create(1)
     await stage.assert_work_flows(gateway, worker)
@@ -291,7 +297,7 @@ async def test_settles_at_once_what_was_claimed_when_the_connection_broke(
     await stage.settled()
     slow_database.delay(0)
 
-    lease_seconds = float(SHORT_LEASES["PAYOUTS_SETTLE_LEASE_SECONDS"])
+    lease_seconds = float(slow["PAYOUTS_SETTLE_LEASE_SECONDS"])
     assert await stage.worst_lag(since=since) < lease_seconds, "the claim was abandoned until its lease ran out"
     await stage.assert_work_flows(gateway, worker)
     assert proxy.foreign_acks == []

@@ -14,6 +14,7 @@ from time import monotonic
 from typing import Final
 from uuid import UUID, uuid4
 
+import asyncpg
 import click
 import pytest
 from sqlalchemy.engine import make_url
@@ -534,13 +535,39 @@ async def test_a_balance_shows_what_is_held(terminal: Terminal, floor: Desk) -> 
 
 async def test_an_account_that_somebody_holds_is_left_alone(database_url: str, floor: Desk) -> None:
     merchant = await floor.merchant()
-    hasty = Terminal(environment(database_url, PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS="0.05"))
+    hasty = Terminal(
+        environment(
+            database_url,
+            PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS="0.05",
+            PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS="1",
+        )
+    )
 
     async with floor.owner.begin() as holder:
         await holder.exec_driver_sql("SELECT id FROM accounts FOR UPDATE")
         ended = await hasty.run("balance", "topup", merchant.code, "shop-001", "1", "--reason", "x")
 
     ended.assert_refused("locked by somebody else")
+
+
+async def test_a_command_outwaits_a_process_that_stands_still_in_a_transaction(database_url: str, floor: Desk) -> None:
+    merchant = await floor.merchant()
+    hasty = Terminal(
+        environment(
+            database_url, PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS="0.5", PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS="5"
+        )
+    )
+    still = await asyncpg.connect(database_url)
+    try:
+        # As sessions of ours are set up, whose process may be stopped.
+        await still.execute("SET idle_in_transaction_session_timeout = '3s'")
+        await still.execute("BEGIN")
+        await still.execute("SELECT id FROM accounts FOR UPDATE")
+        ended = await hasty.run("balance", "topup", merchant.code, "shop-001", "1", "--reason", "x")
+    finally:
+        still.terminate()
+
+    ended.assert_shown()
 
 
 async def test_a_top_up_whose_answer_is_lost_is_done_at_most_once(database_url: str, floor: Desk) -> None:
