@@ -19,6 +19,7 @@ class Gate:
     async def let_in(self, work: Callable[[], Awaitable[web.Response]]) -> web.Response:
         """Do the work of a request whose body has come. What it had committed when its time is over, stays.
 
+        What `work` shields goes on after that, within the time-outs of its own transactions; it is no longer counted.
         Raises: `Overloaded` at once, when there is no room; `DatabaseSlow` after `seconds_max`; what `work` raises.
         """
         if self._count >= self._requests_max:

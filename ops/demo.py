@@ -20,7 +20,6 @@ from sqlalchemy.pool import NullPool
 
 from common.db.engine import driver_url
 from common.db.invariants import RULES, Finding, verify
-from common.domain.signing import sign_v1
 from ops.state import FOLDER, Demo, find_demo
 
 _PATH: Final = "/api/v1/payouts"
@@ -138,13 +137,7 @@ class Merchant:
             return received
 
     async def _send(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
-        timestamp = str(int(time.time()))
-        headers = {
-            "Content-Type": "application/json",
-            "X-API-Key": self._demo.api_key,
-            "X-Timestamp": timestamp,
-            "X-Signature": sign_v1(self._demo.api_secret, timestamp, method, path, "", body),
-        }
+        headers = self._demo.sign(method, path, body)
         async with self._session.request(method, self._demo.base_url + path, data=body, headers=headers) as response:
             return response.status, await response.json()
 

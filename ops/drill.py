@@ -32,9 +32,9 @@ from ops.servers import OwnServer
 from ops.simulator.ledger import Ledger, Payment
 from ops.simulator.moods import MOODS
 from ops.stage import (
+    Comparison,
     Stage,
-    Verdict,
-    add_verdict,
+    add_comparison,
     count_states,
     lay_side_by_side,
     print_differences,
@@ -73,7 +73,7 @@ class Report:
     # Of the payments that the bank had booked and the restored database knew nothing of, how many it was asked for again.
     sent_again: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    verdict: Verdict = field(default_factory=Verdict)
+    comparison: Comparison = field(default_factory=Comparison)
 
     @property
     def waited(self) -> bool:
@@ -84,7 +84,7 @@ class Report:
     def is_sound(self) -> bool:
         """Whether it came back to the moment, nothing was sent again, and both ledgers are equal."""
         came_back = self.restored == self.open_then and sum(self.lost.values()) > sum(self.restored.values())
-        return came_back and self.waited and self.in_doubt > 0 and self.sent_again == 0 and self.verdict.is_sound
+        return came_back and self.waited and self.in_doubt > 0 and self.sent_again == 0 and self.comparison.is_sound
 
 
 async def run(
@@ -114,7 +114,7 @@ async def run(
         await drill.lose()
         await drill.restore(moment)
         await drill.recover(began)
-        drill.report.verdict = await lay_side_by_side(on)
+        drill.report.comparison = await lay_side_by_side(on)
         return drill.report
 
 
@@ -320,7 +320,7 @@ def render_table(report: Report) -> Table:
     )
     table.add_row("in doubt", f"{report.in_doubt:,}, of which {report.sent_again:,} were sent again that the bank had")
     table.add_row("took", " · ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items()))
-    add_verdict(table, report.verdict)
+    add_comparison(table, report.comparison)
     table.add_row("verdict", "sound" if report.is_sound else "NOT SOUND")
     return table
 
@@ -354,7 +354,7 @@ def main(count: int, unsent: int, seed: int, mood: str, deadline: float, with_br
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     console.print(render_table(report))
-    print_differences(console, report.verdict.differences)
+    print_differences(console, report.comparison.differences)
     sys.exit(0 if report.is_sound else 1)
 
 

@@ -8,9 +8,8 @@ import asyncio
 import json
 import os
 import random
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,6 @@ from sqlalchemy import text
 from common.db.engine import Engine, create_engine, in_transaction
 from common.db.invariants import RULES, Finding, verify
 from common.domain.payout import STAGES
-from common.domain.signing import sign_v1
 from common.settings import Settings
 from ops import broker, database
 from ops.onboarding import add_http_rail, add_key, add_merchant, add_shop, rotate_webhook_secret, top_up
@@ -116,30 +114,14 @@ async def stage(
         demo, rail_secret = await _seed(engine, settings, codes, bank_port, receiver_port)
         save_demo(folder, demo)
         ledger = folder / "bank.sqlite"
-        bank = (
-            *("-m", "ops.simulator", "--port", str(bank_port), "--ledger", str(ledger), "--mood", mood),
-            *("--events-url", f"{demo.base_url}/api/v1/rails/{RAIL}/events", "--seed", str(seed)),
-            *("--pace-seconds", str(_PACE_SECONDS), "--slow-seconds", str(_SLOW_SECONDS)),
+        programs = _programs(
+            demo,
+            folder,
+            ports=(bank_port, receiver_port),
+            bank=("--ledger", str(ledger), "--mood", mood, "--seed", str(seed)),
+            copies=copies,
+            payouts_max=payouts_max,
         )
-        numbers = range(1, copies + 1)
-        receiver = (
-            "-m",
-            "ops.receiver",
-            "--port",
-            str(receiver_port),
-            "--folder",
-            str(folder),
-            "--payouts-max",
-            str(payouts_max),
-        )
-        programs = {
-            "bank": [Program("bank", bank, bank_port)],
-            "receiver": [Program("receiver", receiver, receiver_port)],
-            "settle": [Program(f"settle-{number}", ("-m", "worker", "settle")) for number in numbers],
-            "callbacks": [Program(f"callbacks-{number}", ("-m", "worker", "callbacks")) for number in numbers],
-            "sweep": [Program("sweep", ("-m", "worker", "sweep"))],
-            "gateway": [Program(f"gateway-{number}", ("-m", "gateway")) for number in numbers],
-        }
         environment |= {"RAIL_SECRET": rail_secret}
         processes = {
             kind: [Process(program, environment, folder) for program in group] for kind, group in programs.items()
@@ -172,6 +154,31 @@ async def _environment(
         "AMQP_URL": amqp_url,
         "PORT": str(choose_port()),
     }, servers
+
+
+def _programs(
+    demo: Demo, folder: Path, *, ports: tuple[int, int], bank: Sequence[str], copies: int, payouts_max: int
+) -> dict[str, list[Program]]:
+    """Who runs, by kind. `ports`: the bank's and the receiver's; `bank`: what the bank is told besides."""
+    bank_port, receiver_port = ports
+    numbers = range(1, copies + 1)
+    bank_arguments = (
+        *("-m", "ops.simulator", "--port", str(bank_port), *bank),
+        *("--events-url", f"{demo.base_url}/api/v1/rails/{RAIL}/events"),
+        *("--pace-seconds", str(_PACE_SECONDS), "--slow-seconds", str(_SLOW_SECONDS)),
+    )
+    receiver_arguments = (
+        *("-m", "ops.receiver", "--port", str(receiver_port)),
+        *("--folder", str(folder), "--payouts-max", str(payouts_max)),
+    )
+    return {
+        "bank": [Program("bank", bank_arguments, bank_port)],
+        "receiver": [Program("receiver", receiver_arguments, receiver_port)],
+        "settle": [Program(f"settle-{number}", ("-m", "worker", "settle")) for number in numbers],
+        "callbacks": [Program(f"callbacks-{number}", ("-m", "worker", "callbacks")) for number in numbers],
+        "sweep": [Program("sweep", ("-m", "worker", "sweep"))],
+        "gateway": [Program(f"gateway-{number}", ("-m", "gateway")) for number in numbers],
+    }
 
 
 async def _seed(
@@ -252,26 +259,19 @@ async def send_once(on: Stage, session: aiohttp.ClientSession, external_id: str)
             "card_number": f"017{chance.randrange(10**8):08}",
         }
     ).encode()
-    timestamp = str(int(time.time()))
-    headers = {
-        "Content-Type": "application/json",
-        "X-API-Key": on.demo.api_key,
-        "X-Timestamp": timestamp,
-        "X-Signature": sign_v1(on.demo.api_secret, timestamp, "POST", PATH, "", body),
-    }
+    headers = on.demo.sign("POST", PATH, body)
     with suppress(aiohttp.ClientError, TimeoutError):
         async with session.post(on.demo.base_url + PATH, data=body, headers=headers) as response:
             return response.status
     return None
 
 
-async def until_quiet(on: Stage, show: Callable[[dict[str, int]], None] = lambda _: None) -> None:
-    """Return once every payout has ended, and every word of the bank is heard. `show` hears where payouts stand meanwhile."""
+async def until_quiet(on: Stage) -> None:
+    """Return once every payout has ended, and every word of the bank is heard."""
     ledger = Ledger(on.ledger)
     try:
         while True:
             counts = await count_states(on.engine)
-            show(counts)
             unheard = await in_transaction(
                 on.engine, lambda tx: tx.scalar(text("SELECT count(*) FROM rail_events WHERE applied_at IS NULL"))
             )
@@ -291,7 +291,7 @@ async def count_states(engine: Engine) -> dict[str, int]:
 
 
 @dataclass(slots=True)
-class Verdict:
+class Comparison:
     """Both ledgers side by side: how payouts stand in each, where they differ, which rules are broken."""
 
     states: dict[str, int] = field(default_factory=dict)
@@ -308,7 +308,7 @@ class Verdict:
         return not self.differences and not self.broken
 
 
-async def lay_side_by_side(on: Stage) -> Verdict:
+async def lay_side_by_side(on: Stage) -> Comparison:
     """Compare the two ledgers and check every rule."""
     ledger = Ledger(on.ledger)
     payments = ledger.payments()
@@ -322,7 +322,7 @@ async def lay_side_by_side(on: Stage) -> Verdict:
         session.get(f"{on.demo.receiver_url}/received", params={"prefix": f"{on.name}-"}) as response,
     ):
         received = await response.json()
-    return Verdict(
+    return Comparison(
         states=await count_states(on.engine),
         statuses=Counter(payment.status for payment in payments),
         discrepancies={row.kind: row.n for row in rows},
@@ -340,13 +340,13 @@ def tell_counts(counts: Mapping[Any, int]) -> str:
     return " · ".join(f"{name} {number:,}" for name, number in sorted(counts.items())) or "none"
 
 
-def add_verdict(table: Table, verdict: Verdict) -> None:
+def add_comparison(table: Table, comparison: Comparison) -> None:
     """A row for each thing that the ledgers tell."""
-    table.add_row("our ledger", tell_counts(verdict.states))
-    table.add_row("the bank's ledger", f"{tell_counts(verdict.statuses)}; asked again {verdict.resends:,} times")
-    table.add_row("discrepancies", tell_counts(verdict.discrepancies))
-    table.add_row("callbacks so far", tell_counts(verdict.callbacks))
-    add_findings(table, verdict.differences, verdict.broken)
+    table.add_row("our ledger", tell_counts(comparison.states))
+    table.add_row("the bank's ledger", f"{tell_counts(comparison.statuses)}; asked again {comparison.resends:,} times")
+    table.add_row("discrepancies", tell_counts(comparison.discrepancies))
+    table.add_row("callbacks so far", tell_counts(comparison.callbacks))
+    add_findings(table, comparison.differences, comparison.broken)
 
 
 def add_findings(table: Table, differences: Sequence[str], broken: Sequence[Finding]) -> None:

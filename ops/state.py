@@ -5,12 +5,14 @@ import fcntl
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 
+from common.domain.signing import sign_v1
 from common.sealing import KEY_BYTES
 
 CHECKOUT: Final = Path(__file__).resolve().parent.parent
@@ -42,6 +44,16 @@ class Demo:
     bank_url: str = ""
     database_url: str = field(repr=False)
     amqp_url: str | None = field(repr=False)
+
+    def sign(self, method: str, path: str, body: bytes) -> dict[str, str]:
+        """The headers of a request of the merchant's, made now."""
+        timestamp = str(int(time.time()))
+        return {
+            "Content-Type": "application/json",
+            "X-API-Key": self.api_key,
+            "X-Timestamp": timestamp,
+            "X-Signature": sign_v1(self.api_secret, timestamp, method, path, "", body),
+        }
 
 
 @contextmanager

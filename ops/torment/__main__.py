@@ -50,7 +50,7 @@ def main(
             console,
         )
         console.print(bad_bank.render_table(calm, payouts))
-        sound = calm.is_sound and sum(calm.verdict.states.values()) == payouts
+        sound = calm.is_sound and sum(calm.comparison.states.values()) == payouts
     if storm_seconds:
         console.rule("a storm")
         report = _run(

@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from common.process import end_tasks
+from ops.processes import Process, ProcessFailed, StartAgain
 from ops.stage import (
     POLL_SECONDS,
     UNFINISHED,
+    Comparison,
     Stage,
-    Verdict,
-    add_verdict,
+    add_comparison,
     count_states,
     lay_side_by_side,
     send_all,
@@ -38,28 +40,38 @@ class Report:
     seconds: float = 0.0
     kills: Counter[str] = field(default_factory=Counter)
     repeats: int = 0
-    verdict: Verdict = field(default_factory=Verdict)
+    faults: list[str] = field(default_factory=list)
+    comparison: Comparison = field(default_factory=Comparison)
 
     @property
     def is_sound(self) -> bool:
-        """Whether the ledgers are equal and every rule holds."""
-        return self.verdict.is_sound
+        """Whether the ledgers are equal, every rule holds, and all came back who were killed."""
+        return self.comparison.is_sound and not self.faults
 
     @property
     def differences(self) -> list[str]:
-        """Where the ledgers differ."""
-        return self.verdict.differences
+        """What must not be: where the ledgers differ, and who did not come back."""
+        return self.faults + self.comparison.differences
 
 
 async def kill_now_and_then(on: Stage, report: Report, kill_seconds: float, chance: random.Random) -> None:
-    """Kill -9 somebody, start them again, and rest; for ever."""
-    while True:
+    """Kill -9 somebody, start them again, and rest; until one does not come back."""
+    while not report.faults:
         await asyncio.sleep(chance.uniform(0.5, 1.5) * kill_seconds)
         (kind,) = chance.choices(list(_VICTIMS), weights=list(_VICTIMS.values()))
         victim = chance.choice(on.processes[kind])
         victim.kill()
         report.kills[kind] += 1
-        await victim.start()
+        try:
+            await _bring_back(victim)
+        except ProcessFailed as failure:
+            report.faults.append(f"{victim.name} did not come back: {failure}")
+
+
+async def _bring_back(victim: Process) -> None:
+    with suppress(StartAgain):
+        return await victim.start()
+    return await victim.start()
 
 
 class Show:
@@ -92,16 +104,15 @@ async def run(
         ids = iter([f"torment-{number:06}" for number in range(count)])
         with Progress(*columns, console=console) as progress, suppress(TimeoutError):
             show = Show(progress, report, count)
-            async with asyncio.timeout(deadline_seconds):
-                killing = asyncio.create_task(kill_now_and_then(on, report, kill_seconds, chance))
-                watching = asyncio.create_task(_watch(on, show))
-                await send_all(on, ids)
-                watching.cancel()
-                quiet = asyncio.create_task(until_quiet(on, show))
-                await asyncio.wait({quiet, killing}, return_when=asyncio.FIRST_COMPLETED)
-                killing.cancel()
-                await quiet
-        report.verdict = await lay_side_by_side(on)
+            killing = asyncio.create_task(kill_now_and_then(on, report, kill_seconds, chance))
+            watching = asyncio.create_task(_watch(on, show))
+            try:
+                async with asyncio.timeout(deadline_seconds):
+                    await send_all(on, ids)
+                    await until_quiet(on)
+            finally:
+                await end_tasks([killing, watching], 0)
+        report.comparison = await lay_side_by_side(on)
         report.repeats = on.repeats
         report.seconds = time.monotonic() - started
         return report
@@ -119,5 +130,5 @@ def render_table(report: Report, count: int) -> Table:
     table.add_row("payouts sent", f"{count:,}, {report.repeats:,} requests repeated")
     table.add_row("took", f"{report.seconds:.0f} s")
     table.add_row("killed -9", tell_counts(report.kills))
-    add_verdict(table, report.verdict)
+    add_comparison(table, report.comparison)
     return table

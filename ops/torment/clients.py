@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import aiohttp
 
-from common.domain.signing import sign_v1
 from ops.stage import CURRENCY, PATH
 from ops.state import Demo
 
@@ -135,13 +134,7 @@ class Clients:
         return status
 
     async def _send(self, body: bytes) -> tuple[int | None, Any]:
-        timestamp = str(int(time.time()))
-        headers = {
-            "Content-Type": "application/json",
-            "X-API-Key": self._demo.api_key,
-            "X-Timestamp": timestamp,
-            "X-Signature": sign_v1(self._demo.api_secret, timestamp, "POST", PATH, "", body),
-        }
+        headers = self._demo.sign("POST", PATH, body)
         try:
             async with self._session.post(self._demo.base_url + PATH, data=body, headers=headers) as response:
                 content = await response.read()
