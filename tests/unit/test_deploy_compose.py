@@ -13,6 +13,7 @@ import pytest
 from yarl import URL
 
 from common.settings import Settings, SettingsInvalid
+from ops.cli.options import find_actor
 from tests.deployment import (
     ADMIN_PORT,
     DEPLOY,
@@ -32,7 +33,8 @@ from tests.stack import ROOT
 COMPOSE: Final[dict[str, Any]] = load("compose.yaml")
 SERVICES: Final[dict[str, dict[str, Any]]] = COMPOSE["services"]
 OURS: Final = {name for name, service in SERVICES.items() if service["image"].startswith("${PAYOUTS_IMAGE")}
-ONCE: Final = frozenset({"prepare", "migrate", "operator"})
+PEOPLE: Final = frozenset({"operator", "custodian"})
+ONCE: Final = PEOPLE | {"prepare", "migrate"}
 _VARIABLE: Final = re.compile(r"\$\{([A-Z_]+)(?::([-?])([^}]*))?\}")
 
 
@@ -118,12 +120,12 @@ def test_networks_let_meet_only_those_who_have_to() -> None:
             members[network].add(name)
 
     assert members == {
-        "database": {"postgres", "migrate", "operator", *PROCESSES},
+        "database": {"postgres", "backup", "migrate", "operator", "custodian", *PROCESSES},
         "broker": {"rabbitmq", "operator", *PROCESSES},
         "metrics": {"rabbitmq", "prometheus", *PROCESSES},
         "merchants": {"gateway"},
         "operators": {"prometheus", "grafana"},
-        "outside": {"settle", "callbacks"},
+        "outside": {"settle", "callbacks", "custodian"},
     }
     assert {name for name, network in COMPOSE["networks"].items() if network.get("internal")} == {
         *("database", "broker", "metrics")
@@ -193,14 +195,15 @@ def test_each_process_has_a_login_of_its_own_in_both_servers() -> None:
     assert logins == {"gateway": {"payouts-gateway"}} | {
         role: {"payouts-worker"} for role in PROCESSES if role != "gateway"
     }
-    assert URL(environment("migrate", made)["DATABASE_URL"]).user == "payouts-migrate"
+    for name, login in (("migrate", "migrate"), ("operator", "ops"), ("custodian", "custodian")):
+        assert URL(environment(name, made)["DATABASE_URL"]).user == f"payouts-{login}"
 
     rabbitmq = {user["name"] for user in json.loads(run("rabbitmq/users.py", **rabbitmq_passwords(made)))["users"]}
     postgresql = set(
-        re.findall(r'^ALTER ROLE "([a-z-]+)"', (DEPLOY / "postgresql/logins.sql").read_text(), re.MULTILINE)
+        re.findall(r'^ALTER ROLE "([a-z-]+)" PASSWORD', (DEPLOY / "postgresql/logins.sql").read_text(), re.MULTILINE)
     )
     assert rabbitmq == {"payouts-gateway", "payouts-worker", "payouts-ops"}
-    assert postgresql == rabbitmq | {"payouts-migrate"}
+    assert postgresql == rabbitmq | {"payouts-migrate", "payouts-custodian"}
     for name, service in SERVICES.items():
         for variable in ("DATABASE_URL", "AMQP_URL"):
             if variable in service.get("environment", {}):
@@ -210,6 +213,44 @@ def test_each_process_has_a_login_of_its_own_in_both_servers() -> None:
                 assert url.path == "/payouts"
     (hba,) = re.findall(r"^hostssl\s+payouts\s+(\S+)", (DEPLOY / "postgresql/pg_hba.conf").read_text(), re.MULTILINE)
     assert set(hba.split(",")) == postgresql
+    given = {name for name in SERVICES["postgres"]["environment"] if name.endswith("_PASSWORD")} - {"POSTGRES_PASSWORD"}
+    made_for = {f"payouts-{name.removesuffix('_PASSWORD').lower()}" for name in given}
+    assert made_for == postgresql | {"payouts-backup"}
+
+
+@pytest.mark.parametrize("name", sorted(PEOPLE))
+def test_whoever_runs_a_command_is_known_by_the_name_that_they_have_outside(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the container there is no account to ask: without a name a changing command wants `--actor`."""
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    for variable in ("SUDO_USER", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    who: dict[tuple[str, ...], str | None] = {}
+    for outside in ({}, {"USER": "anna"}, {"USER": "root", "SUDO_USER": "bela"}):
+        for variable, value in environment(name, make_env() | outside).items():
+            if variable in ("USER", "SUDO_USER"):
+                monkeypatch.setenv(variable, value)
+        who[tuple(outside)] = find_actor()
+
+    assert who == {(): None, ("USER",): "anna", ("USER", "SUDO_USER"): "bela"}
+
+
+def test_the_archive_and_backups_are_on_volumes_that_their_servers_may_write_to() -> None:
+    """The paths that `deploy/README.md` and `restore.md` name."""
+    (script,) = (part for part in SERVICES["prepare"]["command"] if "certificates.py" in part)
+    assert "chown 999:999 /made/archive /made/backups" in script
+    assert {"archive:/made/archive", "backups:/made/backups"} <= set(SERVICES["prepare"]["volumes"])
+    postgres, backup = SERVICES["postgres"], SERVICES["backup"]
+    assert postgres["image"] == backup["image"], "a backup is verified by the programs that made it"
+    assert postgres["user"] == backup["user"] == "999:999"
+    assert {"postgres-data:/var/lib/postgresql", "archive:/archive", "backups:/backups:ro"} <= set(postgres["volumes"])
+    assert {"archive:/archive", "backups:/backups"} <= set(backup["volumes"])
+    assert "./postgresql:/etc/postgresql:ro" in {*postgres["volumes"]} & {*backup["volumes"]}
+    scripts = re.findall(r"/etc/postgresql/([a-z_.]+)", " ".join([*postgres["command"], *backup["command"]]))
+    assert scripts == ["pg_hba.conf", "archive.sh", "backup.sh", "prune.sh"]
+    assert all((DEPLOY / "postgresql" / script).exists() for script in scripts)
+    assert {"archive_mode=on", "archive_timeout=60"} <= set(postgres["command"])
 
 
 def rabbitmq_passwords(made: Mapping[str, str]) -> dict[str, str]:
