@@ -1,6 +1,7 @@
 """`payouts callbacks preview|test`: what a merchant's server is sent, to look at, and a try whether it takes it.
 
-Both sign with the shop's live secrets and show none. They read them as `payouts_worker`, see `run_opening`.
+Both sign with the shop's live secrets and show none. They read them as `payouts_worker`, see `run_opening`; who sends a test is
+audited as `payouts_ops`. No process's login may be both, the one of `payouts-custodian` may.
 """
 
 import time

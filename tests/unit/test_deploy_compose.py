@@ -251,6 +251,10 @@ def test_the_archive_and_backups_are_on_volumes_that_their_servers_may_write_to(
     assert scripts == ["pg_hba.conf", "archive.sh", "backup.sh", "prune.sh"]
     assert all((DEPLOY / "postgresql" / script).exists() for script in scripts)
     assert {"archive_mode=on", "archive_timeout=60"} <= set(postgres["command"])
+    (version,) = re.findall(r"postgres:([0-9]+)\.", postgres["image"])
+    assert f"`/var/lib/postgresql/{version}/docker`" in (DEPLOY / "README.md").read_text(), (
+        "where the image has its data"
+    )
 
 
 def rabbitmq_passwords(made: Mapping[str, str]) -> dict[str, str]:

@@ -34,6 +34,8 @@ DOCUMENTS: Final[list[dict[str, Any]]] = [
     document for name in KUSTOMIZATION["resources"] for document in load_all(f"kubernetes/{name}")
 ]
 COMPONENT: Final = "app.kubernetes.io/component"
+# Where people run commands, when they ask for it.
+PEOPLE: Final = frozenset({"operator", "custodian"})
 # Custom resources, for which no package carries a schema: what KEDA reads of them. Source: KEDA, "ScaledObject specification".
 KEDA: Final = {"ScaledObject", "TriggerAuthentication"}
 
@@ -68,6 +70,8 @@ SECRETS: Final = {
     "payouts-gateway": {"DATABASE_URL": "postgresql://db/p?sslmode=verify-full", "AMQP_URL": "amqps://mq/payouts"},
     "payouts-worker": {"DATABASE_URL": "postgresql://db/p?sslmode=verify-full", "AMQP_URL": "amqps://mq/payouts"},
     "payouts-migrate": {"DATABASE_URL": "postgresql://db/p?sslmode=verify-full"},
+    "payouts-ops": {"DATABASE_URL": "postgresql://db/p?sslmode=verify-full", "AMQP_URL": "amqps://mq/payouts"},
+    "payouts-custodian": {"DATABASE_URL": "postgresql://db/p?sslmode=verify-full"},
     "payouts-scaling": {"host": "amqps://mq/payouts", "tls": "enable", "ca": "-----BEGIN CERTIFICATE-----"},
 }
 
@@ -128,7 +132,8 @@ def test_the_image_is_a_release_of_ours() -> None:
 
 
 def test_every_role_runs_and_every_command_exists() -> None:
-    assert {name: container(name)["command"] for name in of("Deployment")} == PROCESSES
+    commands = {name: container(name)["command"] for name in of("Deployment")}
+    assert commands == PROCESSES | {name: ["sleep", "infinity"] for name in PEOPLE}
     assert {name: container(name)["command"] for name in of("Job")} == {"migrate": ["payouts", "migrate"]}
 
 
@@ -163,7 +168,7 @@ def test_its_settings_are_settings_and_production_takes_them(name: str) -> None:
 
     assert settings.environment == "production"
     assert (settings.port, settings.admin_port) == (GATEWAY_PORT, ADMIN_PORT)
-    assert bool(settings.amqp_urls) == (name != "migrate")
+    assert bool(settings.amqp_urls) == (name not in ("migrate", "custodian"))
 
 
 def test_a_process_has_no_login_but_its_own() -> None:
@@ -174,13 +179,16 @@ def test_a_process_has_no_login_but_its_own() -> None:
     assert used == {
         "gateway": {"payouts-gateway"},
         "migrate": {"payouts-migrate"},
+        "operator": {"payouts-ops"},
+        "custodian": {"payouts-custodian"},
         **{role: {"payouts-worker"} for role in ("settle", "callbacks", "sweep")},
     }
     assert not of("Secret"), "secrets are not written down"
 
 
 def test_what_secrets_hold_is_what_the_readme_says_to_make() -> None:
-    said = dict(re.findall(r"^\| `(payouts-[a-z]+)` \| (.*?) \|", (DEPLOY / "README.md").read_text(), re.MULTILINE))
+    _, _, rest = (DEPLOY / "README.md").read_text().partition("\n## In a cluster\n")
+    said = dict(re.findall(r"^\| `(payouts-[a-z]+)` \| (.*?) \|", rest.partition("\n## ")[0], re.MULTILINE))
     assert {name: set(re.findall("`([A-Za-z_]+)`", keys)) for name, keys in said.items() if name in SECRETS} == {
         name: set(keys) for name, keys in SECRETS.items()
     }
@@ -210,11 +218,16 @@ def test_whoever_leaves_is_given_the_time_to_end_what_it_began(name: str) -> Non
 
 @pytest.mark.parametrize("kind", ["Deployment", "PodDisruptionBudget", "Service"])
 def test_every_selector_takes_its_own_pods_and_no_others(kind: str) -> None:
-    assert of(kind).keys() == (PROCESSES.keys() if kind != "Service" else {"gateway"})
+    expected = {
+        "Deployment": PROCESSES.keys() | PEOPLE,
+        "PodDisruptionBudget": PROCESSES.keys(),
+        "Service": {"gateway"},
+    }
+    assert of(kind).keys() == expected[kind]
     for name, made in of(kind).items():
         selector = made["spec"]["selector"]
         assert selected({"matchLabels": selector} if kind == "Service" else selector) == {name}
-    for name in of("Deployment"):
+    for name in PROCESSES:
         (spread,) = pods()[name]["spec"]["topologySpreadConstraints"]
         assert selected(spread["labelSelector"]) == {name}
 
@@ -234,6 +247,10 @@ def replicas(at: int) -> dict[str, int]:
     return {name: bounds[at] for name, bounds in (fixed | by_cpu | by_age).items()}
 
 
+def test_nobody_waits_for_people_who_have_not_asked() -> None:
+    assert {name: of("Deployment")[name]["spec"]["replicas"] for name in PEOPLE} == dict.fromkeys(PEOPLE, 0)
+
+
 def test_a_disruption_takes_one_at_a_time_and_never_the_last() -> None:
     for name, budget in of("PodDisruptionBudget").items():
         assert 0 < budget["spec"]["maxUnavailable"] < replicas(0)[name]
@@ -241,10 +258,10 @@ def test_a_disruption_takes_one_at_a_time_and_never_the_last() -> None:
 
 def test_connections_of_all_replicas_fit_what_the_readme_asks_of_the_database() -> None:
     pool = int(of("ConfigMap")["payouts-settings"]["data"]["PAYOUTS_DATABASE_POOL_MAX"])
-    surge = sum(made["spec"]["strategy"]["rollingUpdate"]["maxSurge"] for made in of("Deployment").values())
+    surge = sum(of("Deployment")[name]["spec"]["strategy"]["rollingUpdate"]["maxSurge"] for name in PROCESSES)
     (asked,) = re.findall(r"`max_connections` of at least ([0-9]+)", (DEPLOY / "README.md").read_text())
 
-    assert pool * (sum(replicas(1).values()) + surge) <= int(asked)
+    assert pool * (sum(replicas(1).values()) + surge + len(PEOPLE)) <= int(asked)
 
 
 def test_workers_scale_on_the_oldest_due_work_and_on_their_queues() -> None:
@@ -291,8 +308,8 @@ def test_nobody_meets_anybody_but_whom_they_have_to() -> None:
         "merchants-to-gateway": ({"gateway"}, {GATEWAY_PORT}),
         "monitoring": (set(pods()), {ADMIN_PORT}),
         "database": (set(pods()), {5432}),
-        "broker": (set(PROCESSES), {5671}),
-        "banks-and-merchants": ({"settle", "callbacks"}, {443, 8443}),
+        "broker": ({*PROCESSES, "operator"}, {5671}),
+        "banks-and-merchants": ({"settle", "callbacks", "custodian"}, {443, 8443}),
     }
     for name, policy in policies.items():
         (direction,) = policy["policyTypes"]
