@@ -42,7 +42,7 @@ def new_csv_file(path: Path, columns: Sequence[str], *, overwrite: bool) -> Iter
     """Writes rows to a file that appears under its name when all of it is on disk, for its owner's eyes alone.
 
     Raises: `FileExists` unless `overwrite`, before anything is written; `OSError`. Whatever ends it before its end leaves
-    nothing behind, and the file that was there as it was.
+    the file that was there as it was, and nothing behind, unless a signal ends the process itself.
     """
     _check_free(path, overwrite=overwrite)
     with NamedTemporaryFile(

@@ -1,9 +1,11 @@
 """`payouts`: the command line of operators.
 
 Each command is one function in the module of its subject. What it prints goes to stdout, what went wrong to stderr in one
-line. Exit codes: 0 done · 1 a check failed · 2 refused · 3 the database or the broker cannot be reached.
+line. Exit codes: 0 done · 1 a check failed · 2 refused · 3 the database, the broker or the output cannot be reached · 130
+interrupted.
 """
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from ops.cli.callbacks import callbacks_group
 from ops.cli.database import migrate_command, verify_command
 from ops.cli.discrepancies import discrepancies_group
 from ops.cli.doctor import doctor_command
-from ops.cli.errors import Refused
+from ops.cli.errors import Refused, Unreachable
 from ops.cli.export import export_command
 from ops.cli.keys import keys_group
 from ops.cli.lanes import lane_group
@@ -36,6 +38,9 @@ from ops.cli.simulator import simulator_command
 from ops.cli.stuck import stuck_command
 from ops.cli.webhook_secrets import secret_group
 
+_LOOK: Final = "it may have been done, look before you repeat it"
+# As shells say it: 128 and the number of the signal.
+_INTERRUPTED: Final = 130
 # How Python shows bytes that are not UTF-8 in what comes from the operating system.
 _NOT_UTF_8: Final = re.compile("[\ud800-\udfff]")
 
@@ -76,14 +81,20 @@ def cli() -> None:
     """Merchants, money, payouts and callbacks, for operators.
 
     Database and broker are those of DATABASE_URL and AMQP_URL, without the former those of the stack on this machine.
-    Every change is written down with its actor. Exit codes: 0 done, 1 a check failed, 2 refused, 3 the database or the
-    broker cannot be reached.
+    Every change is written down with its actor. Exit codes: 0 done, 1 a check failed, 2 refused, 3 the database, the
+    broker or the output cannot be reached, 130 interrupted.
     """
 
 
 def main() -> None:
     """The console script."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python would try once more at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -102,9 +113,21 @@ def run(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         _complain("payouts", error.format_message())
         return error.exit_code
-    except click.Abort:
-        _complain("payouts", "given up")
-        return Refused.exit_code
+    except click.Abort as abort:
+        if not isinstance(abort.__cause__, KeyboardInterrupt):
+            # At a question, before anything was done.
+            _complain("payouts", "given up")
+            return Refused.exit_code
+        _complain("payouts", f"interrupted; {_LOOK}")
+        return _INTERRUPTED
+    except SystemExit:
+        # So click ends where nobody reads any more.
+        _complain("payouts", f"nobody read the answer; {_LOOK}")
+        return Unreachable.exit_code
+    except OSError as error:
+        # What the database and the broker do is explained by then: it was the output, or a file.
+        _complain("payouts", f"{error.strerror or type(error).__name__}; {_LOOK}")
+        return Unreachable.exit_code
     return 0
 
 

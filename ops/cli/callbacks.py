@@ -62,7 +62,7 @@ def resend_callback_command(event_id: UUID, reason: str, actor: str, as_json: bo
             raise Refused(await _why_not(tx, event_id))
         await append_audit(tx, actor=actor, action="callback.resend", subject=event, reason=reason)
 
-    run_changing(lambda engine: in_transaction(engine, work))
+    run_changing(lambda engine: in_transaction(engine, work, attempts_max=1))
     show_record({"event": event, "state": "pending"}, as_json=as_json)
 
 

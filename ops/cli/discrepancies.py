@@ -56,7 +56,7 @@ def close_discrepancy_command(discrepancy_id: UUID, reason: str, actor: str, as_
         if await close_discrepancy(tx, discrepancy_id, audit_id=audit_id) is None:
             raise Refused(f"no discrepancy {discrepancy_id} is open")
 
-    run_changing(lambda engine: in_transaction(engine, work))
+    run_changing(lambda engine: in_transaction(engine, work, attempts_max=1))
     show_record({"id": discrepancy_id, "state": "closed", "reason": reason}, as_json=as_json)
 
 

@@ -88,7 +88,7 @@ def _change(
             raise Refused(refusal)
         await append_audit(tx, actor=actor, action=action, subject=str(lane_id), reason=reason)
 
-    run_changing(lambda engine: in_transaction(engine, work))
+    run_changing(lambda engine: in_transaction(engine, work, attempts_max=1))
 
 
 def _describe(lane: Row[*tuple[Any, ...]]) -> Record:

@@ -158,6 +158,7 @@ async def _drop_undecodable(engine: Engine, *, reason: str, actor: str) -> None:
             reason=reason,
             detail={"messages": "undecodable"},
         ),
+        attempts_max=1,
     )
     settings = read_settings()
     async with broker_connection(settings) as holding, broker_connection(settings) as taking:
@@ -188,6 +189,7 @@ def _change(
                 lambda tx: append_audit(
                     tx, actor=actor, action=f"parked.{verb}", subject=topology.parked, reason=reason, detail=detail
                 ),
+                attempts_max=1,
             )
             # Not longer than what was there: what cannot be read comes back, to the end of the queue.
             console = Console(stderr=True, quiet=not sys.stderr.isatty())

@@ -90,8 +90,9 @@ def replay_command(
         await begin_replay(tx, replay_id, chosen, per_second=per_second, actor=actor, reason=reason)
         await append_audit(tx, actor=actor, action="callback.replay", subject=str(replay_id), reason=reason)
 
-    run_changing(lambda engine: in_transaction(engine, begin))
+    # Before it begins: whoever does not hear whether it has can go on with it all the same.
     click.echo(f"replay {replay_id} of {count} callbacks", err=True)
+    run_changing(lambda engine: in_transaction(engine, begin, attempts_max=1))
     _go_on(replay_id, count, as_json=as_json)
 
 
@@ -108,7 +109,7 @@ def resume_command(replay_id: UUID, reason: str, actor: str, as_json: bool) -> N
             raise Refused(f"there is no replay {replay_id}")
         await append_audit(tx, actor=actor, action="callback.replay_resumed", subject=str(replay_id), reason=reason)
 
-    run_changing(lambda engine: in_transaction(engine, note))
+    run_changing(lambda engine: in_transaction(engine, note, attempts_max=1))
     _go_on(replay_id, None, as_json=as_json)
 
 

@@ -1,5 +1,6 @@
 """What operators type, what they are shown, and what is written down about it."""
 
+import asyncio
 import json
 import os
 import shlex
@@ -286,6 +287,28 @@ def test_the_console_script_ends_with_the_exit_code(database_url: str) -> None:
     assert (listed.returncode, json.loads(listed.stdout), listed.stderr) == (0, {"shops": []}, "")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == "payouts: there is no key pk_of_nobody\n"
+
+
+async def test_what_was_done_though_nobody_could_read_it_is_not_denied(database_url: str, floor: Desk) -> None:
+    merchant = await floor.merchant(funds=None)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as nobody_reads:
+        ended = await asyncio.to_thread(
+            subprocess.run,
+            [
+                *(sys.executable, "-c", "from ops.cli import main; main()"),
+                *("balance", "topup", merchant.code, "shop-001", "1", "--reason", "x", *AS_ALICE),
+            ],
+            stdout=nobody_reads,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment(database_url),
+        )
+
+    assert (ended.returncode, ended.stderr.count("\n")) == (3, 1), ended.stderr
+    assert "look before you repeat it" in ended.stderr
+    assert len(await fetch(floor.owner, "SELECT seq FROM entries")) == 1
 
 
 # Merchants, shops, keys

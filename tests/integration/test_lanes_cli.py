@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import signal
+import sys
 from collections.abc import AsyncIterator
 from typing import Final
 from uuid import UUID, uuid4
@@ -16,6 +19,7 @@ from tests.conftest import Server
 from tests.factories import Merchant, engine, environment, execute, fetch
 from tests.faults.proxy import CommitFault, proxy
 from tests.flows import Desk, assert_sound, pass_callback_time, take_callbacks
+from tests.stack import eventually
 from tests.terminal import Terminal
 from tests.waiting import add_waiting, assert_lanes_sound, lane_of, room
 from worker.callbacks.recording import Ended, record_attempts
@@ -345,6 +349,55 @@ async def test_a_replay_whose_connection_breaks_at_commit_misses_nothing(
     assert (ended.code, json.loads(ended.out)["sent"]) == (0, 12), ended
     assert await pending(floor) == events
     assert await floor.count("callback_replays") == 1
+
+
+@pytest.mark.parametrize("command", ["lane hold", "lane release", "callbacks resend", "callbacks replay"])
+async def test_what_was_done_though_nobody_heard_so_is_neither_denied_nor_done_again(
+    floor: Desk, database_url: str, command: str
+) -> None:
+    merchant = await floor.merchant()
+    (event,) = await tell(floor, merchant, 1)
+    await deliver(floor, 503)
+    subject = {
+        "lane hold": [(await lane_of(floor, merchant)).id],
+        "lane release": [(await lane_of(floor, merchant)).id],
+        "callbacks resend": [render_id(EVENT, event)],
+        "callbacks replay": ["--per-second", 40],
+    }
+    before = await floor.count("audit")
+    async with proxy(database_url) as network:
+        network.fail_commits(CommitFault.LOSE_ANSWER)
+        behind = Terminal(environment(network.url))
+        ended = await behind.run(*command.split(), *subject[command], *BECAUSE)
+    assert (ended.code, ended.out) == (3, ""), ended
+    assert "look before you repeat it" in ended.err
+    assert await floor.count("audit") == before + 1
+    if command == "callbacks replay":
+        # Which one it was has been said, so that somebody can go on with it.
+        replay_id = ended.err.split()[1]
+        resumed = await Terminal(environment(database_url)).run("callbacks", "resume", replay_id, *BECAUSE, "--json")
+        assert json.loads(resumed.out)["sent"] == 1
+
+
+async def test_a_replay_that_is_interrupted_says_so(floor: Desk, database_url: str) -> None:
+    await tell(floor, await floor.merchant(), 20)
+    await deliver(floor, 503)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", "from ops.cli import main; main()"),
+        *("callbacks", "replay", "--per-second", "1", *BECAUSE),
+        env=os.environ | environment(database_url),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+    async def has_begun() -> bool:
+        return await floor.count("callback_replays", "sent > 0") == 1
+
+    await eventually(has_begun, "it sends")
+    process.send_signal(signal.SIGINT)
+    _, complaint = await process.communicate()
+    assert process.returncode == 130
+    assert b"payouts: interrupted" in complaint
 
 
 async def test_a_replay_keeps_its_rate(terminal: Terminal, floor: Desk) -> None:
