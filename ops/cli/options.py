@@ -33,6 +33,8 @@ def parse_line(characters_max: int) -> Callable[[str], str]:
 
 
 _DURATION: Final = re.compile(r"0|([0-9]{1,9})([smhd])", re.ASCII)
+# Far from where the calendar of Python ends: what is looked for may begin days before a moment.
+_YEARS: Final = range(2000, 3000)
 _UNIT_SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
@@ -50,11 +52,13 @@ def parse_duration(seconds_max: int) -> Callable[[str], int]:
 
 
 def parse_moment(text: str) -> datetime:
-    """A moment: ISO 8601, a date or more; in UTC unless it says otherwise."""
+    """A moment of these thousand years: ISO 8601, a date or more; in UTC unless it says otherwise."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
         raise click.BadParameter(f"{text!r} is not an ISO 8601 date or time") from error
+    if moment.year not in _YEARS:
+        raise click.BadParameter(f"the year must be {_YEARS[0]} to {_YEARS[-1]}")
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 

@@ -197,6 +197,9 @@ async def test_a_file_that_is_there_is_kept_and_what_cannot_be_written_is_told(
     (await terminal.run("export", "entries", *nobody)).assert_refused("no merchant nobody")
     backwards = ("--since", "2026-01-02", "--until", "2026-01-01", "--force")
     (await export(terminal, "payouts", merchant, out, *backwards)).assert_refused("before")
+    for distant in (("--since", "0001-01-01", *EVER[2:]), (*EVER[:2], "--until", "9999-12-31T23:59:59-14:00")):
+        nowhere = ("export", "payouts", "--merchant", merchant.code, *distant, "--out", tmp_path / "new.csv")
+        (await terminal.run(*nowhere)).assert_refused("the year must be")
     (await export(terminal, "secrets", merchant, out)).assert_refused("secrets")
     assert names(tmp_path) == ["out.csv"]
 
