@@ -1,5 +1,5 @@
-"""The sweep: looks at the whole once in a while, ends payouts whose time is over, and publishes how old the oldest work is
-and how much waits for people.
+"""The sweep: looks at the whole once in a while, publishes how old the oldest work is and how much waits for people, and ends
+payouts whose time is over.
 """
 
 import math
@@ -43,12 +43,20 @@ OLDEST_TRANSACTION: Final = Gauge(
     "payouts_database_oldest_transaction_age_seconds",
     "For how long, as this process has seen, the oldest transaction that writes has been open; 0 when none is",
 )
-# Until a sweep has looked, and in processes that never do, nothing is known.
-for gauge in (
+_GAUGES: Final = (
     *(OLDEST_PAYOUT, OLDEST_CALLBACK, VERIFYING, OLDEST_VERIFYING, OPEN_DISCREPANCIES, OPEN_RESOLUTIONS),
     *(CONNECTIONS, CONNECTIONS_MAX, OLDEST_TRANSACTION),
-):
-    gauge.set(math.nan)
+)
+
+
+def _forget() -> None:
+    """Say that nothing is known: no comparison of an alarm holds for NaN, and `absent(… >= 0)` does."""
+    for gauge in _GAUGES:
+        gauge.set(math.nan)
+
+
+# Before the first look, and in processes that never do.
+_forget()
 
 
 class Sweeper:
@@ -61,13 +69,21 @@ class Sweeper:
         self._oldest_since = 0.0
 
     async def run_round(self) -> bool:
-        """Sweep once. There is never more to do at once."""
-        behind: Expiring | None = FIRST_TO_EXPIRE
-        while behind is not None:
-            behind, events = await expire_page(self._engine, behind=behind, payouts_max=_EXPIRED_MAX)
-            self._tell(events)
-            for event in events:
-                _log_expired(event)
+        """Sweep once. There is never more to do at once.
+
+        A look that fails leaves nothing known, since what was seen before would tell alarms that all is well; payouts expire
+        all the same. Raises: what it failed of.
+        """
+        try:
+            await self._look()
+        except Exception:
+            _forget()
+            await self._expire()
+            raise
+        await self._expire()
+        return False
+
+    async def _look(self) -> None:
         ages = await in_transaction(self._engine, find_ages)
         OLDEST_PAYOUT.set(ages.payout_seconds)
         OLDEST_CALLBACK.set(ages.callback_seconds)
@@ -77,7 +93,6 @@ class Sweeper:
         OPEN_DISCREPANCIES.set(doubts.discrepancies)
         OPEN_RESOLUTIONS.set(doubts.resolutions)
         await self._look_at_server()
-        return False
 
     async def _look_at_server(self) -> None:
         load = await in_transaction(self._engine, find_load)
@@ -86,6 +101,14 @@ class Sweeper:
         if load.oldest_transaction != self._oldest_transaction:
             self._oldest_transaction, self._oldest_since = load.oldest_transaction, monotonic()
         OLDEST_TRANSACTION.set(0.0 if load.oldest_transaction is None else monotonic() - self._oldest_since)
+
+    async def _expire(self) -> None:
+        behind: Expiring | None = FIRST_TO_EXPIRE
+        while behind is not None:
+            behind, events = await expire_page(self._engine, behind=behind, payouts_max=_EXPIRED_MAX)
+            self._tell(events)
+            for event in events:
+                _log_expired(event)
 
     def leave(self) -> None:
         """There is nothing that could be left alone."""

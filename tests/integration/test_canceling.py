@@ -22,10 +22,11 @@ from common.errors import (
     PayoutNotFound,
     PayoutsError,
     ShopNotFound,
+    Transient,
 )
 from gateway.cancel import Canceler
 from gateway.schemas import parse_create_payout
-from tests.factories import Merchant, create_body, execute, order
+from tests.factories import Merchant, create_body, engine, execute, order
 from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, desk, let_pass, obstruct
 from tests.stack import client, eventually, stack
 from worker.conclusions import Ended
@@ -256,6 +257,20 @@ async def test_a_payout_whose_time_is_over_is_ended_by_the_sweep(working: Desk) 
     assert [await working.state(payout_id) for payout_id in (later, never)] == ["queued"] * 2
     assert await working.balance(merchant) == (FUNDS_MINOR, 2 * AMOUNT_MINOR)
     assert [await events_of(working, payout_id) for payout_id in expiring] == [1] * 3
+
+
+async def test_a_payout_expires_also_while_the_sweep_cannot_look_at_the_whole(working: Desk) -> None:
+    merchant = await working.merchant()
+    payout_id = await working.create(merchant, expires_at=datetime.now(UTC) + HOUR)
+    await let_expire(working, payout_id)
+    impatient = engine(working.url, role="payouts_worker", PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS="0.5")
+
+    async with working.owner.begin() as tx:
+        await tx.exec_driver_sql("LOCK TABLE discrepancies IN ACCESS EXCLUSIVE MODE")
+        with pytest.raises(Transient):
+            await Sweeper(impatient).run_round()
+        assert await working.state(payout_id) == "expired"
+    await impatient.dispose()
 
 
 async def test_a_payout_whose_time_is_over_is_not_sent_even_if_no_sweep_came(working: Desk) -> None:

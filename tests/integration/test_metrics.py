@@ -6,8 +6,10 @@ from typing import Final
 import aiohttp
 import asyncpg
 import pytest
+from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
+from common.errors import Transient
 from migrations.run import newest_revision
 from ops.onboarding import add_http_rail
 from tests.broker import Broker
@@ -54,6 +56,15 @@ TOLD: Final = {
         ("payouts_build_info", {"version": "0.1.0", "schema": newest_revision()}, 1),
     ],
 }
+
+# What one role has seen of the whole, and alarms and scaling look at.
+SWEPT: Final = (
+    *("payouts_oldest_due_payout_age_seconds", "payouts_oldest_due_callback_age_seconds"),
+    *("payouts_verifying", "payouts_oldest_verifying_age_seconds"),
+    *("payouts_open_discrepancies", "payouts_open_resolutions"),
+    *("payouts_database_connections", "payouts_database_connections_max"),
+    "payouts_database_oldest_transaction_age_seconds",
+)
 
 Sample = tuple[str, frozenset[tuple[str, str]]]
 
@@ -149,4 +160,28 @@ async def test_a_transaction_that_stays_open_is_seen_and_one_that_only_reads_is_
         await eventually(seen, "the one that writes is seen")
     await eventually(not_seen, "it is over")
     await connection.close()
+    await worker.dispose()
+
+
+async def test_what_a_sweep_could_not_look_at_is_not_known_any_more(database_url: str) -> None:
+    """A value that stays as it was would tell alarms that all is well."""
+    worker = engine(database_url, role="payouts_worker", PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS="0.5")
+    sweeper = Sweeper(worker)
+
+    def known() -> set[str]:
+        return {name for name in SWEPT if (REGISTRY.get_sample_value(name) or 0.0) >= 0}
+
+    await sweeper.run_round()
+    assert known() == set(SWEPT)
+
+    connection = await asyncpg.connect(database_url)
+    async with connection.transaction():
+        await connection.execute("LOCK TABLE callback_lanes IN ACCESS EXCLUSIVE MODE")
+        with pytest.raises(Transient):
+            await sweeper.run_round()
+        assert known() == set()
+    await connection.close()
+
+    await sweeper.run_round()
+    assert known() == set(SWEPT)
     await worker.dispose()
