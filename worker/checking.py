@@ -20,7 +20,9 @@ OFFENDERS: Final = Gauge(
 CHECKED: Final = Counter("payouts_invariant_checked_rows", "Rows that this process has checked", ["table"])
 PASS_ROWS: Final = Gauge("payouts_invariant_checked_pass_rows", "Rows that the present pass has checked", ["table"])
 PASS_AGE: Final = Gauge(
-    "payouts_invariant_checked_pass_age_seconds", "How long ago a pass over the whole table was complete", ["table"]
+    "payouts_invariant_checked_pass_age_seconds",
+    "How long ago a pass over the whole table was complete, or the first one began",
+    ["table"],
 )
 
 
@@ -60,7 +62,6 @@ class Checker:
         """How all tables stand, whoever checked them. What is not known yet is not said."""
         for progress in await in_transaction(self._engine, find_progress):
             PASS_ROWS.labels(progress.table).set(progress.rows_seen)
-            if progress.age_seconds is not None:
-                PASS_AGE.labels(progress.table).set(progress.age_seconds)
+            PASS_AGE.labels(progress.table).set(progress.age_seconds)
             for rule, count in progress.offenders.items():
                 OFFENDERS.labels(rule).set(count)

@@ -164,13 +164,13 @@ def _add(before: Mapping[str, Found], findings: Sequence[Finding]) -> tuple[dict
 class Progress:
     """How far a walk is: rows seen in this pass, seconds since a pass was complete, and how many offenders each rule has.
 
-    Of the last complete pass and the present one the worse counts. Before there is a complete one, `age_seconds` is None, and
-    of the rules only those known to be broken are here.
+    Of the last complete pass and the present one the worse counts. Before there is a complete one, `age_seconds` counts since
+    the first began, and of the rules only those known to be broken are here.
     """
 
     table: str
     rows_seen: int
-    age_seconds: float | None
+    age_seconds: float
     offenders: dict[str, int]
 
 
@@ -182,8 +182,8 @@ async def find_progress(tx: Tx) -> list[Progress]:
 
 _PROGRESS = text(
     """
-    SELECT walk, rows_seen, CAST(extract(epoch FROM now() - finished_at) AS float8) AS age_seconds,
-           CAST(found AS text) AS found, CAST(found_before AS text) AS found_before
+    SELECT walk, rows_seen, CAST(extract(epoch FROM now() - coalesce(finished_at, began_at)) AS float8) AS age_seconds,
+           finished_at IS NOT NULL AS was_complete, CAST(found AS text) AS found, CAST(found_before AS text) AS found_before
       FROM checks WHERE walk = ANY (CAST(:walks AS text[]))
     """
 )
@@ -196,7 +196,7 @@ def _count(row: Row[Any]) -> dict[str, int]:
         for rule in RULES
         if rule.walk.table == row.walk
     }
-    return {rule: count for rule, count in counts.items() if count or row.age_seconds is not None}
+    return {rule: count for rule, count in counts.items() if count or row.was_complete}
 
 
 def _parse_found(stored: str) -> dict[str, Found]:

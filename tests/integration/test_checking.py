@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
-from common.db.checks import Step, begin_checks, check_step
+from common.db.checks import Step, begin_checks, check_step, find_progress
 from common.db.engine import Engine, in_transaction
 from common.db.invariants import OFFENDERS_SHOWN, WALKS
 from tests.conftest import Server
@@ -23,6 +23,7 @@ from worker.hearing import hear
 URL = "http://127.0.0.1:9/told"
 PAYOUTS = 30
 PAGE = 7
+DAY_SECONDS = 86_400
 
 
 @pytest.fixture
@@ -53,6 +54,10 @@ async def sizes(working: Desk) -> Counter[str]:
 
 def offenders(rule: str) -> float | None:
     return REGISTRY.get_sample_value("payouts_invariant_offenders", {"rule": rule})
+
+
+def pass_age_seconds(table: str) -> float | None:
+    return REGISTRY.get_sample_value("payouts_invariant_checked_pass_age_seconds", {"table": table})
 
 
 async def check_everything(checker: Checker, working: Desk) -> None:
@@ -205,3 +210,22 @@ async def test_what_is_broken_is_told_once_in_a_pass_and_stays_on_the_gauge_unti
         await check_everything(checker, working)
     assert lines == []
     assert offenders("payout_has_its_hold") == 0
+
+
+async def test_a_first_pass_that_never_ends_grows_old_and_says_nothing_of_rules(working: Desk) -> None:
+    await settled(working)
+    checker = Checker(working.worker, rows_max=PAGE)
+    await in_transaction(working.worker, begin_checks)
+    await execute(working.owner, "UPDATE checks SET due_at = 'infinity' WHERE walk <> 'entries'")
+    await checker.run_round()
+    assert await working.count("checks", "walk = 'entries' AND behind IS NOT NULL AND finished_at IS NULL") == 1
+
+    await execute(working.owner, "UPDATE checks SET began_at = now() - interval '2 days' WHERE walk = 'entries'")
+    await checker.run_round()
+
+    assert (pass_age_seconds("entries") or 0) > DAY_SECONDS
+    (entries,) = [each for each in await in_transaction(working.worker, find_progress) if each.table == "entries"]
+    assert entries.offenders == {}
+
+    await check_everything(checker, working)
+    assert (pass_age_seconds("entries") or DAY_SECONDS) < DAY_SECONDS
