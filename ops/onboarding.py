@@ -226,19 +226,20 @@ async def unfreeze_shop(engine: Engine, *, merchant: str, shop: str, reason: str
     await _audited(engine, work)
 
 
-async def change_rail(engine: Engine, *, merchant: str, shop: str, rail: str, actor: str) -> None:
+async def change_rail(engine: Engine, *, merchant: str, shop: str, rail: str, reason: str, actor: str) -> None:
     """Another rail for what a shop creates from now on. Raises: `OnboardingRefused`."""
 
     async def work(tx: Tx) -> None:
         await _check_rail(tx, rail)
         await save_shop_rail(tx, (await _shop(tx, merchant, shop)).id, rail)
-        await append_audit(tx, actor=actor, action="shop.rail", subject=f"{merchant}/{shop}", detail={"rail": rail})
+        subject = f"{merchant}/{shop}"
+        await append_audit(tx, actor=actor, action="shop.rail", subject=subject, reason=reason, detail={"rail": rail})
 
     await _audited(engine, work)
 
 
 async def change_webhook_url(
-    engine: Engine, settings: Settings, *, merchant: str, shop: str, url: str | None, actor: str
+    engine: Engine, settings: Settings, *, merchant: str, shop: str, url: str | None, reason: str, actor: str
 ) -> None:
     """Another URL for what is told without a `callback_url` from now on, or none. Raises: `OnboardingRefused`."""
 
@@ -249,7 +250,8 @@ async def change_webhook_url(
                 "callbacks of this shop may not go to that URL: see PAYOUTS_CALLBACK_… and `shop callbacks`"
             )
         await save_webhook_url(tx, found.id, url)
-        await append_audit(tx, actor=actor, action="shop.webhook", subject=f"{merchant}/{shop}", detail={"url": url})
+        subject = f"{merchant}/{shop}"
+        await append_audit(tx, actor=actor, action="shop.webhook", subject=subject, reason=reason, detail={"url": url})
 
     await _audited(engine, work)
 

@@ -67,7 +67,7 @@ async def seed_bank(settings: Settings, bank_url: str, webhook_secret: str) -> t
             await _add_shop(engine, settings.keyring, BANK_SHOP, rail, is_default=False)
             await top_up(engine, merchant=MERCHANT, shop=BANK_SHOP, amount="1000000.00", reason="funds", actor=_ACTOR)
         elif is_new:
-            await change_rail(engine, merchant=MERCHANT, shop=BANK_SHOP, rail=rail, actor=_ACTOR)
+            await change_rail(engine, merchant=MERCHANT, shop=BANK_SHOP, rail=rail, reason="another bank", actor=_ACTOR)
         await _renew_webhook_secret(engine, settings.keyring, BANK_SHOP, webhook_secret)
         return rail, secret
     finally:

@@ -15,7 +15,15 @@ from common.db.engine import in_transaction
 from common.db.merchants import list_api_keys, list_shops
 from common.domain.addresses import parse_callback_url
 from ops.cli.connect import read_settings, run_changing, run_connected, run_sealing
-from ops.cli.options import actor_option, json_option, merchant_option, parse_line, parse_shop, reason_option
+from ops.cli.options import (
+    actor_option,
+    json_option,
+    merchant_option,
+    parse_line,
+    parse_moment,
+    parse_shop,
+    reason_option,
+)
 from ops.cli.output import show_record, show_records, show_secret
 from ops.onboarding import (
     SCOPES,
@@ -128,11 +136,14 @@ def add_shop_command(
 @shop_group.command("rail")
 @click.argument("shop", type=parse_shop, metavar="MERCHANT/SHOP")
 @click.argument("rail")
+@reason_option
 @actor_option
 @json_option
-def change_rail_command(shop: tuple[str, str], rail: str, actor: str, as_json: bool) -> None:
+def change_rail_command(shop: tuple[str, str], rail: str, reason: str, actor: str, as_json: bool) -> None:
     """Have RAIL pay what MERCHANT/SHOP creates from now on; what was created before keeps its own."""
-    run_changing(lambda engine: change_rail(engine, merchant=shop[0], shop=shop[1], rail=rail, actor=actor))
+    run_changing(
+        lambda engine: change_rail(engine, merchant=shop[0], shop=shop[1], rail=rail, reason=reason, actor=actor)
+    )
     show_record({"shop": "/".join(shop), "rail": rail}, as_json=as_json)
 
 
@@ -140,9 +151,12 @@ def change_rail_command(shop: tuple[str, str], rail: str, actor: str, as_json: b
 @click.argument("shop", type=parse_shop, metavar="MERCHANT/SHOP")
 @click.argument("url", required=False)
 @click.option("--none", "is_none", is_flag=True, help="Tell nobody where a payout names no URL.")
+@reason_option
 @actor_option
 @json_option
-def change_webhook_command(shop: tuple[str, str], url: str | None, is_none: bool, actor: str, as_json: bool) -> None:
+def change_webhook_command(
+    shop: tuple[str, str], url: str | None, is_none: bool, reason: str, actor: str, as_json: bool
+) -> None:
     """Call URL about what MERCHANT/SHOP creates without a callback_url, from now on; events that exist keep their URL.
 
     It is judged like a callback_url, by the settings PAYOUTS_CALLBACK_… and the exceptions of `payouts shop callbacks`.
@@ -151,7 +165,9 @@ def change_webhook_command(shop: tuple[str, str], url: str | None, is_none: bool
         raise click.UsageError("either a URL or --none")
     settings = read_settings()
     run_changing(
-        lambda engine: change_webhook_url(engine, settings, merchant=shop[0], shop=shop[1], url=url, actor=actor)
+        lambda engine: change_webhook_url(
+            engine, settings, merchant=shop[0], shop=shop[1], url=url, reason=reason, actor=actor
+        )
     )
     show_record({"shop": "/".join(shop), "webhook_url": url}, as_json=as_json)
 
@@ -243,11 +259,7 @@ def parse_network(text: str) -> str:
 
 def parse_expiry(text: str) -> datetime:
     """A moment to come: ISO 8601, a date or more; in UTC unless it says otherwise."""
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not an ISO 8601 date or time") from error
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    moment = parse_moment(text)
     if moment <= datetime.now(UTC):
         raise click.BadParameter(f"{text} is over")
     return moment

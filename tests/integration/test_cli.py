@@ -134,6 +134,8 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
     }
     assert asks_reason == {
         "keys rotate-master",
+        "shop rail",
+        "shop webhook",
         "shop callbacks",
         "shop freeze",
         "shop unfreeze",
@@ -186,8 +188,10 @@ async def test_no_command_at_all_shows_what_there_is() -> None:
         (["callbacks", "list", "--shop", "acme/dhaka"], ["--payout"]),
         (["callbacks", "preview", "PAY-1"], ["not the id of an event"]),
         (["callbacks", "test", "acme/dhaka", "--url", "ftp://a.example/"], ["http(s)"]),
-        (["shop", "webhook", "acme/dhaka"], ["--none"]),
-        (["shop", "webhook", "acme/dhaka", URL, "--none"], ["--none"]),
+        (["shop", "rail", "acme/dhaka", "bank"], ["--reason"]),
+        (["shop", "webhook", "acme/dhaka", "--none"], ["--reason"]),
+        (["shop", "webhook", "acme/dhaka", "--reason", "x"], ["--none"]),
+        (["shop", "webhook", "acme/dhaka", URL, "--none", "--reason", "x"], ["--none"]),
         (["shop", "secret", "rotate", "acme/dhaka"], ["--reason"]),
         *(
             (["shop", "secret", "rotate", "acme/dhaka", "--reason", "x", "--grace", grace], ["24h", "at most 7d"])

@@ -73,7 +73,9 @@ async def test_a_rail_with_a_link_sends_the_payer_there(gateway: Gateway) -> Non
         payin_link="https://pay.example.com/{reference}?lang=en",
         actor=ACTOR,
     )
-    await change_rail(gateway.owner, merchant=merchant.code, shop="shop-001", rail="with-link", actor=ACTOR)
+    await change_rail(
+        gateway.owner, merchant=merchant.code, shop="shop-001", rail="with-link", reason="links", actor=ACTOR
+    )
     await eventually(lambda: _link(gateway, merchant), "the shop's new rail is known")
 
 

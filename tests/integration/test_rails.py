@@ -132,8 +132,13 @@ async def test_an_operator_brings_a_bank_in_and_money_goes_through_it(
         assert (added["name"], added["base_url"], added["authoritative"]) == ("acme", there.base_url, False)
         there.bank.secret = added["secret"]
         merchant = await working.merchant()
-        moved = await terminal.run("shop", "rail", f"{merchant.code}/shop-001", "acme", "--json")
+        shop = f"{merchant.code}/shop-001"
+        moved = await terminal.run("shop", "rail", shop, "acme", "--reason", "cheaper", "--actor", "ann", "--json")
         assert moved.document["rail"] == "acme"
+        (written,) = await fetch(
+            working.owner, "SELECT actor, subject, reason, detail FROM audit WHERE action = 'shop.rail'"
+        )
+        assert tuple(written) == ("ann", shop, "cheaper", {"rail": "acme"})
         payout_id = await working.create(replace(merchant, shop=replace(merchant.shop, rail="acme")))
         await running.start("worker", "settle")
 
@@ -157,7 +162,7 @@ async def test_an_operator_brings_a_bank_in_and_money_goes_through_it(
         (["rail", "off", "nobody", "--reason", "x"], ["no rail nobody"]),
         (["rail", "remove", "nobody", "--reason", "x"], ["no rail nobody"]),
         (["rail", "remove", "sandbox", "--reason", "x"], ["still name it"]),
-        (["shop", "rail", "dhaka/shop-001", "nobody"], ["no rail nobody"]),
+        (["shop", "rail", "dhaka/shop-001", "nobody", "--reason", "x"], ["no rail nobody"]),
     ],
     ids=" ".join,
 )

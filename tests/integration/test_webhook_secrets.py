@@ -319,21 +319,24 @@ async def test_a_shop_is_called_elsewhere_from_now_on_and_what_is_told_already_s
     await floor.create(merchant)
     await floor.settle()
 
-    changed = await terminal.run("shop", "webhook", shop, elsewhere, "--actor", "alice", "--json")
+    changed = await terminal.run(
+        "shop", "webhook", shop, elsewhere, "--reason", "they have moved", "--actor", "alice", "--json"
+    )
 
     assert changed.document == {"shop": shop, "webhook_url": elsewhere}
     await floor.create(merchant)
     await floor.settle()
     urls = await fetch(floor.owner, "SELECT url FROM callbacks ORDER BY event_id")
     assert [row.url for row in urls] == [server_of_merchant.url, elsewhere]
-    (await terminal.run("shop", "webhook", shop, "--none")).assert_shown(shop)
+    (await terminal.run("shop", "webhook", shop, "--none", "--reason", "they ask")).assert_shown(shop)
     await floor.create(merchant)
     await floor.settle()
     assert await floor.count("callbacks") == 2
     rows = await fetch(
-        floor.owner, "SELECT actor, subject, detail FROM audit WHERE action = 'shop.webhook' ORDER BY id"
+        floor.owner, "SELECT actor, subject, reason, detail FROM audit WHERE action = 'shop.webhook' ORDER BY id"
     )
     assert (rows[0].actor, rows[0].subject) == ("alice", shop)
+    assert [row.reason for row in rows] == ["they have moved", "they ask"]
     assert [row.detail for row in rows] == [{"url": elsewhere}, {"url": None}]
 
 
@@ -359,8 +362,9 @@ async def test_a_webhook_url_is_judged_like_a_callback_url(
     )
     shop = f"{merchant.code}/shop-001"
 
-    (await strict.run("shop", "webhook", shop, url)).assert_refused("URL")
-    (await strict.run("shop", "webhook", shop, "https://merchant.example/hook")).assert_shown("merchant.example")
+    (await strict.run("shop", "webhook", shop, url, "--reason", "x")).assert_refused("URL")
+    allowed = await strict.run("shop", "webhook", shop, "https://merchant.example/hook", "--reason", "x")
+    allowed.assert_shown("merchant.example")
     assert await floor.count("audit", "action = 'shop.webhook'") == 1
 
 
