@@ -48,7 +48,9 @@ def find_or_fetch(environ: Mapping[str, str], say: Say) -> Path:
 
 
 class Prometheus:
-    """One Prometheus with all it has in `folder`, which exists. It asks these targets, by job, every `interval_seconds`."""
+    """One Prometheus with all it has in `folder`, which exists. It asks these targets, by role, every `interval_seconds`; they
+    have the labels that deploy/prometheus gives them.
+    """
 
     def __init__(
         self,
@@ -67,7 +69,10 @@ class Prometheus:
             "global": {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval},
             "rule_files": [str(folder / "rules.yaml")],
             "scrape_configs": [
-                {"job_name": job, "static_configs": [{"targets": found}]} for job, found in targets.items()
+                {
+                    "job_name": "payouts",
+                    "static_configs": [{"targets": found, "labels": {"role": role}} for role, found in targets.items()],
+                }
             ],
         }
         self._rules = rules

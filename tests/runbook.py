@@ -1,7 +1,7 @@
 """The runbook's drills: every alarm is provoked, looked at and mended by the commands of its page, and a Prometheus sees it.
 
-`make alarms` runs it on a stack of its own and prints a table; ARGS="RailSilent LanesHeld" drills some. The exit code is 1 when
-an alarm does not fire, or does not end.
+`make alarms` runs it on a stack of its own and says what happens; ARGS="RailSilent LanesHeld" drills some. The exit code is 1
+when an alarm does not fire, or does not end, and 2 when there is none of that name.
 """
 
 import asyncio
@@ -55,12 +55,15 @@ do sleep 0.2; done
 """
 
 # What cannot be provoked while another is: whom it comes after. All others begin when somebody looks again.
+_ACCEPTS: Final = ("NobodyAccepts",)
 _LOOKS: Final = ("NobodyLooks",)
 AFTER: Final[Mapping[str, Sequence[str]]] = {
-    # Without the role sweep most alarms are blind, so it goes first, beside those that are not.
-    "NobodyLooks": (),
-    "RailSilent": (),
-    "RequestsFail": (),
+    # Without a gateway there is nothing to look at, so it goes first, alone.
+    "NobodyAccepts": (),
+    # Without the role sweep most alarms are blind, so it is next, beside those that are not.
+    "NobodyLooks": _ACCEPTS,
+    "RailSilent": _ACCEPTS,
+    "RequestsFail": _ACCEPTS,
     "ProcessDown": _LOOKS,
     "CallbacksNotTaken": ("ProcessDown",),
     "PayoutsNotTaken": ("RailSilent", *_LOOKS),
@@ -259,7 +262,7 @@ async def practice_range(say: Callable[[str, str], None]) -> AsyncIterator[Range
             program,
             folder,
             rules=hasten(read_rules()),
-            targets={"payouts": [url.removeprefix("http://") for url in _admin_urls(stack.lines)]},
+            targets=_admin_ports(stack.lines),
             interval_seconds=SCRAPE_SECONDS,
         )
         await asyncio.to_thread(prometheus.start)
@@ -271,10 +274,13 @@ async def practice_range(say: Callable[[str, str], None]) -> AsyncIterator[Range
         yield on
 
 
-def _admin_urls(lines: Sequence[str]) -> list[str]:
-    """Where the processes of the product tell, as the stack has said."""
-    ready = re.compile(r"(?:gateway-\d|settle|callbacks|sweep) +ready, (\S+)")
-    return [found[1] for line in lines if (found := ready.fullmatch(line))]
+def _admin_ports(lines: Sequence[str]) -> dict[str, list[str]]:
+    """Where the processes of each role tell, as the stack has said."""
+    ready = re.compile(r"(gateway|settle|callbacks|sweep)(?:-\d)? +ready, http://(\S+)")
+    ports: dict[str, list[str]] = {}
+    for found in filter(None, map(ready.fullmatch, lines)):
+        ports.setdefault(found[1], []).append(found[2])
+    return ports
 
 
 def _environment(stack: Terminal) -> dict[str, str]:
@@ -312,17 +318,19 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _main(wanted: Sequence[str]) -> int:
+async def main(wanted: Sequence[str]) -> int:
+    """Drill these alarms, or all. Returns: the exit code."""
     began = monotonic()
 
     def say(subject: str, text: str) -> None:
         print(f"{monotonic() - began:6.1f} s  {subject:<24}{text}", flush=True)
 
     known = [rule["alert"] for rule in list_alarms(read_rules())]
+    if unknown := sorted(set(wanted) - set(known)):
+        print(f"error: there is no alarm {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
+        return 2
     alarms = [alarm for alarm in known if alarm in wanted or not wanted]
-    failed = sorted(set(wanted) - set(known))
-    for alarm in failed:
-        say(alarm, "there is no such alarm")
+    failed: list[str] = []
     try:
         async with practice_range(say) as on:
             tasks = drill_all(on, alarms)
@@ -339,4 +347,4 @@ async def _main(wanted: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(_main(sys.argv[1:])))
+    sys.exit(asyncio.run(main(sys.argv[1:])))
