@@ -70,6 +70,8 @@ class Report:
     workers_wait: bool = False
     asked_meanwhile: int = 0
     in_doubt: int = 0
+    # How many settings of the target the server's configuration still had when it went on.
+    targets_left: int | None = None
     # Of the payments that the bank had booked and the restored database knew nothing of, how many it was asked for again.
     sent_again: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -84,7 +86,8 @@ class Report:
     def is_sound(self) -> bool:
         """Whether it came back to the moment, nothing was sent again, and both ledgers are equal."""
         came_back = self.restored == self.open_then and sum(self.lost.values()) > sum(self.restored.values())
-        return came_back and self.waited and self.in_doubt > 0 and self.sent_again == 0 and self.comparison.is_sound
+        recovered = self.waited and self.in_doubt > 0 and self.targets_left == 0
+        return came_back and recovered and self.sent_again == 0 and self.comparison.is_sound
 
 
 async def run(
@@ -191,11 +194,14 @@ class _Drill:
         self._say(f"a create is answered {report.create_answered}, and workers wait")
 
     async def recover(self, began: float) -> None:
-        """`payouts recover`; merchants send again what they sent, the bank tells again what it told since then."""
+        """`payouts recover`, and the target is forgotten; merchants send again what they sent, the bank tells again what it
+        told since then.
+        """
         on, report = self._on, self.report
         found = await self._take("recover", partial(self._payouts, "recover", "--reason", "drill", "--json"))
         report.in_doubt = found["payouts_in_doubt"]
         self._say(f"{report.in_doubt} payouts are in doubt; workers go on")
+        await self._take("forget the target", self._forget_target)
         await asyncio.gather(*(process.wait_ready() for process in on.processes["settle"]))
 
         async def rest() -> None:
@@ -228,6 +234,16 @@ class _Drill:
 
     async def _settlers_wait(self) -> bool:
         return all([await _waits(process) for process in self._on.processes["settle"]])
+
+    async def _forget_target(self) -> None:
+        """No standby that is made of this server shall stop at the target, and take over."""
+        for setting in ("recovery_target_time", "recovery_target_action"):
+            await self._ask(f"ALTER SYSTEM RESET {setting}")
+        await self._store.stop()
+        await self._store.start()
+        self.report.targets_left = await self._ask(
+            "SELECT count(*) FROM pg_file_settings WHERE name LIKE 'recovery_target%'"
+        )
 
     async def _known_references(self) -> set[str]:
         """What the restored database knew without knowing what became of it."""
@@ -319,6 +335,7 @@ def render_table(report: Report) -> Table:
         f"{waited}: a create was answered {report.create_answered}, the bank asked {report.asked_meanwhile} times",
     )
     table.add_row("in doubt", f"{report.in_doubt:,}, of which {report.sent_again:,} were sent again that the bank had")
+    table.add_row("the target", "is forgotten" if report.targets_left == 0 else "STILL IN THE CONFIGURATION")
     table.add_row("took", " · ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items()))
     add_comparison(table, report.comparison)
     table.add_row("verdict", "sound" if report.is_sound else "NOT SOUND")

@@ -55,15 +55,12 @@ do sleep 0.2; done
 """
 
 # What cannot be provoked while another is: whom it comes after. All others begin when somebody looks again.
-_ACCEPTS: Final = ("NobodyAccepts",)
 _LOOKS: Final = ("NobodyLooks",)
 AFTER: Final[Mapping[str, Sequence[str]]] = {
-    # Without a gateway there is nothing to look at, so it goes first, alone.
-    "NobodyAccepts": (),
-    # Without the role sweep most alarms are blind, so it is next, beside those that are not.
-    "NobodyLooks": _ACCEPTS,
-    "RailSilent": _ACCEPTS,
-    "RequestsFail": _ACCEPTS,
+    # Without the role sweep most alarms are blind, so it goes first, beside those that are not.
+    "NobodyLooks": (),
+    "RailSilent": (),
+    "RequestsFail": (),
     "ProcessDown": _LOOKS,
     "CallbacksNotTaken": ("ProcessDown",),
     "PayoutsNotTaken": ("RailSilent", *_LOOKS),
@@ -74,6 +71,8 @@ AFTER: Final[Mapping[str, Sequence[str]]] = {
     "ResolutionsUnconfirmed": ("PayoutsInDoubt",),
     "TransactionOld": ("RequestsFail", *_LOOKS),
 }
+# Without a gateway no payout comes, so all others begin after this one.
+FIRST: Final = "NobodyAccepts"
 # On a machine that is busy with drills requests are slow by themselves, so this one has it for itself.
 LAST: Final = "RequestsSlow"
 
@@ -232,8 +231,8 @@ def drill_all(on: Range, alarms: Sequence[str]) -> dict[str, "asyncio.Task[Drill
     tasks: dict[str, asyncio.Task[Drilled]] = {}
 
     async def drill(alarm: str) -> Drilled:
-        others = tasks.keys() - {LAST} if alarm == LAST else AFTER.get(alarm, _LOOKS)
-        before = [tasks[other] for other in others if other in tasks]
+        others = tasks.keys() if alarm == LAST else (FIRST, *AFTER.get(alarm, _LOOKS))
+        before = [tasks[other] for other in others if other in tasks and other != alarm and alarm != FIRST]
         if before:
             await asyncio.wait(before)
         return await on.drill(alarm)

@@ -39,6 +39,7 @@ async def test_after_a_restore_to_an_earlier_moment_both_ledgers_become_equal(
     assert sum(report.lost.values()) > PAYOUTS
     assert (report.create_answered, report.workers_wait, report.asked_meanwhile) == (503, True, 0)
     assert report.in_doubt >= PAYOUTS // 2
+    assert report.targets_left == 0
     assert report.sent_again == 0
     assert (report.comparison.differences, report.comparison.broken) == ([], [])
     assert sum(report.comparison.states.values()) == sum(report.lost.values())

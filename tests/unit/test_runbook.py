@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import pytest
 
-from tests.runbook import AFTER, LAST, ROOT, RUNBOOK, hasten, list_alarms, read_page, read_rules
+from tests.runbook import AFTER, FIRST, LAST, ROOT, RUNBOOK, hasten, list_alarms, main, read_page, read_rules
 
 ALARMS: Final = {rule["alert"]: rule for rule in list_alarms(read_rules())}
 PAGES: Final = {page.stem: page.read_text() for page in RUNBOOK.glob("*.md") if page.stem != "README"}
@@ -31,7 +31,17 @@ def test_a_page_says_what_it_means_and_what_to_do(alarm: str) -> None:
 
 
 def test_a_drill_waits_for_alarms_that_there_are() -> None:
-    assert AFTER.keys() | {LAST} | {alarm for before in AFTER.values() for alarm in before} <= ALARMS.keys()
+    assert AFTER.keys() | {FIRST, LAST} | {alarm for before in AFTER.values() for alarm in before} <= ALARMS.keys()
+
+
+async def test_a_name_that_is_no_alarm_is_refused_before_anything_is_brought_up(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert await main(["LanesHeld", "Misspelt"]) == 2
+
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "there is no alarm Misspelt" in told.err
 
 
 @pytest.mark.parametrize(
