@@ -1,6 +1,7 @@
 """`payouts merchant`, `payouts shop`, `payouts key`: bringing merchants in. Secrets are shown once, when they are made."""
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from ipaddress import ip_network
@@ -172,14 +173,16 @@ def change_webhook_command(
     show_record({"shop": "/".join(shop), "webhook_url": url}, as_json=as_json)
 
 
+_PORTS: Final = re.compile(r"[0-9]{1,5}(,[0-9]{1,5})*", re.ASCII)
+
+
 def parse_ports(text: str) -> tuple[int, ...]:
     """Ports by commas; none for `default`."""
     if text == "default":
         return ()
-    try:
-        ports = tuple(sorted({int(port) for port in text.split(",")}))
-    except ValueError as error:
-        raise click.BadParameter("must be ports by commas, or default") from error
+    if not _PORTS.fullmatch(text):
+        raise click.BadParameter("must be ports by commas, or default")
+    ports = tuple(sorted({int(port) for port in text.split(",")}))
     if not all(1 <= port <= PORT_MAX for port in ports):
         raise click.BadParameter(f"each must be 1 to {PORT_MAX}")
     return ports

@@ -401,7 +401,7 @@ async def test_a_shop_becomes_an_exception_from_where_callbacks_may_go_and_stops
     ]
 
     (await terminal.run(*command)).assert_refused("nothing was said")
-    for ports in ("0", "65536", "x", "", "80;443"):
+    for ports in ("0", "65536", "x", "", "80;443", "1_0", "\u0664\u0664\u0663"):
         assert (await terminal.run(*command, "--ports", ports)).code == 2
     other = ("shop", "callbacks", "acme/other", "--http", "--reason", "none")
     (await terminal.run(*other)).assert_refused("no shop other")
