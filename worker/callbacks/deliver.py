@@ -54,8 +54,9 @@ _CLAIM_MAX: Final = 128
 _RECORD_BATCH_MAX: Final = 128
 # Nobody waits for the record of an attempt, but its slot: together they cost little.
 _RECORD_LINGER_SECONDS: Final = 0.01
-# Between two tries to record what is of a merchant whom somebody else holds.
-_RECORD_AGAIN_SECONDS: Final = (0.01, 0.05)
+# Between two tries to record what is of a merchant whom somebody else holds; for all the same, so that what was one batch comes
+# back as one.
+_RECORD_AGAIN_SECONDS: Final = 0.02
 # Lanes with callbacks that nobody has told of, in one look; the next look goes on behind them.
 _LANES_LOOKED_AT: Final = 256
 # Longer than other transactions: an attempt that is not recorded is made again.
@@ -374,7 +375,7 @@ class Deliverer:
             except Exception as error:
                 failure = type(error).__name__
                 break
-            await asyncio.sleep(random.uniform(*_RECORD_AGAIN_SECONDS))  # noqa: S311 jitter
+            await asyncio.sleep(_RECORD_AGAIN_SECONDS)
         event = render_id(EVENT, ended.callback.event_id)
         get_logger().error(LogEvent.ROUND_FAILED, round="record", event_id=event, error=failure)
 
