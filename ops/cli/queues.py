@@ -1,16 +1,19 @@
 """`payouts queues`: the queues that a change of `PAYOUTS_AMQP_SHARDS` leaves behind."""
 
+from collections.abc import Iterable
 from typing import Final
 
 import click
 from aio_pika.abc import AbstractConnection
 from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity
 
+from common.db.engine import Engine, in_transaction
+from common.db.ledger import append_audit
 from common.messaging.topology import DECLARE_TIMEOUT_SECONDS, Topology
 from ops.cli.broker import broker_connection
-from ops.cli.connect import read_settings, run_explained
+from ops.cli.connect import read_settings, run_changing
 from ops.cli.errors import CheckFailed, Refused
-from ops.cli.options import json_option
+from ops.cli.options import actor_option, json_option, reason_option
 from ops.cli.output import show_records
 
 _BY_HAND: Final = "this login may not; as an administrator: rabbitmqctl delete_queue"
@@ -22,8 +25,10 @@ def queues_group() -> None:
 
 
 @queues_group.command("retire")
+@reason_option
+@actor_option
 @json_option
-def retire_command(as_json: bool) -> None:
+def retire_command(reason: str, actor: str, as_json: bool) -> None:
     """Delete the queues beyond PAYOUTS_AMQP_SHARDS, once every process has that setting.
 
     Payouts and callbacks that their messages name are found by the workers' scan. Exit code 1, and nothing is deleted, while a
@@ -32,34 +37,53 @@ def retire_command(as_json: bool) -> None:
     settings = read_settings()
     topology = Topology(settings.amqp_queue_prefix, settings.amqp_shards)
 
-    async def work() -> dict[str, int]:
+    async def work(engine: Engine) -> dict[str, int]:
         async with broker_connection(settings) as connection:
-            return await _retire(connection, topology)
+            retired = await _find_unused(connection, topology)
+            if retired:
+                await in_transaction(
+                    engine,
+                    lambda tx: append_audit(
+                        tx,
+                        actor=actor,
+                        action="queues.retire",
+                        subject=settings.amqp_queue_prefix,
+                        reason=reason,
+                        detail={"messages": retired},
+                    ),
+                    attempts_max=1,
+                )
+            await _delete(connection, retired)
+            return retired
 
-    retired = run_explained(work())
+    retired = run_changing(work)
     show_records("retired", ({"queue": name, "messages": count} for name, count in retired.items()), as_json=as_json)
 
 
-async def _retire(connection: AbstractConnection, topology: Topology) -> dict[str, int]:
-    """Delete them all or none; by name, how many messages each had. Raises: `CheckFailed`, `Refused`.
-
-    RabbitMQ has no "delete if unused" for quorum queues, so whoever begins to consume in between loses its queue, and declares
-    it anew: a second run retires that.
-    """
+async def _find_unused(connection: AbstractConnection, topology: Topology) -> dict[str, int]:
+    """By name, how many messages each has. Raises: `CheckFailed` when one is used, `Refused`."""
     found = {name: state for name in topology.retired_queues() if (state := await _look(connection, name))}
     used = [name for name, (_, consumers) in found.items() if consumers]
     if used:
         raise CheckFailed(
             f"a process still takes from {', '.join(used)}: restart every process with the new setting first"
         )
-    for name in found:
+    return {name: messages for name, (messages, _) in found.items()}
+
+
+async def _delete(connection: AbstractConnection, names: Iterable[str]) -> None:
+    """Delete queues. Raises: `Refused`.
+
+    RabbitMQ has no "delete if unused" for quorum queues, so whoever begins to consume in between loses its queue, and declares
+    it anew: a second run retires that.
+    """
+    for name in names:
         channel = await connection.channel()
         try:
             await channel.queue_delete(name, timeout=DECLARE_TIMEOUT_SECONDS)
         except ChannelAccessRefused:
             raise Refused(f"{name}: {_BY_HAND} {name}") from None
         await channel.close()
-    return {name: messages for name, (messages, _) in found.items()}
 
 
 async def _look(connection: AbstractConnection, name: str) -> tuple[int, int] | None:

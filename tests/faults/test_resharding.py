@@ -53,7 +53,9 @@ async def test_shards_go_from_one_to_four_to_two_under_load(
             gateway, *workers = await replace(stage, [gateway, *workers], 2)
             await stage.answered(40)
         variables = stage.broker_variables | {"PAYOUTS_AMQP_SHARDS": "2"}
-        retired = await Terminal(environment(database_url, **variables)).run("queues", "retire", "--json")
+        retired = await Terminal(environment(database_url, **variables)).run(
+            "queues", "retire", "--reason", "one is enough", "--actor", "alice", "--json"
+        )
 
         assert {row["queue"] for row in retired.document["retired"]} == set(four.all_queues()) - set(two.all_queues())
         stage.topology = two

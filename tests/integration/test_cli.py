@@ -131,6 +131,7 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "lane hold",
         "lane release",
         "recover",
+        "queues retire",
     }
     assert asks_reason == {
         "keys rotate-master",
@@ -154,6 +155,7 @@ def test_every_command_serves_programs_and_every_change_names_its_actor() -> Non
         "lane hold",
         "lane release",
         "recover",
+        "queues retire",
     }
 
 
