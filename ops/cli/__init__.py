@@ -18,7 +18,7 @@ from ops.cli.callbacks import callbacks_group
 from ops.cli.database import migrate_command, verify_command
 from ops.cli.discrepancies import discrepancies_group
 from ops.cli.doctor import doctor_command
-from ops.cli.errors import Refused, Unreachable
+from ops.cli.errors import LOOK_FIRST, Refused, Unreachable
 from ops.cli.export import export_command
 from ops.cli.keys import keys_group
 from ops.cli.lanes import lane_group
@@ -38,7 +38,6 @@ from ops.cli.simulator import simulator_command
 from ops.cli.stuck import stuck_command
 from ops.cli.webhook_secrets import secret_group
 
-_LOOK: Final = "it may have been done, look before you repeat it"
 # As shells say it: 128 and the number of the signal.
 _INTERRUPTED: Final = 130
 # How Python shows bytes that are not UTF-8 in what comes from the operating system.
@@ -118,15 +117,15 @@ def run(arguments: Sequence[str]) -> int:
             # At a question, before anything was done.
             _complain("payouts", "given up")
             return Refused.exit_code
-        _complain("payouts", f"interrupted; {_LOOK}")
+        _complain("payouts", f"interrupted; {LOOK_FIRST}")
         return _INTERRUPTED
     except SystemExit:
         # So click ends where nobody reads any more.
-        _complain("payouts", f"nobody read the answer; {_LOOK}")
+        _complain("payouts", f"nobody read the answer; {LOOK_FIRST}")
         return Unreachable.exit_code
     except OSError as error:
         # What the database and the broker do is explained by then: it was the output, or a file.
-        _complain("payouts", f"{error.strerror or type(error).__name__}; {_LOOK}")
+        _complain("payouts", f"{error.strerror or type(error).__name__}; {LOOK_FIRST}")
         return Unreachable.exit_code
     return 0
 

@@ -16,7 +16,7 @@ from common.db.engine import Engine, create_engine
 from common.sealing import KEY_BYTES, Keyring
 from common.settings import Settings, SettingsInvalid
 from ops.apt import NO_INSTALL
-from ops.cli.errors import EXPLAINED, NeverReached, Refused, Unreachable, explain
+from ops.cli.errors import EXPLAINED, LOOK_FIRST, NeverReached, Refused, Unreachable, explain
 from ops.state import FOLDER, LOCAL_DEFAULTS, find_demo, find_or_make_keys
 
 OPS: Final = "payouts_ops"
@@ -107,7 +107,7 @@ def _unsure_when_unreachable() -> Iterator[None]:
     except NeverReached:
         raise
     except Unreachable as error:
-        raise Unreachable(f"{error.message}; it may have been done, look before you repeat it") from error
+        raise Unreachable(f"{error.message}; {LOOK_FIRST}") from error
 
 
 def _no_keys() -> dict[str, str]:

@@ -9,6 +9,9 @@ from common.db.engine import sqlstate
 from common.errors import AccountBusy, PayoutsError, Transient
 from ops.onboarding import OnboardingRefused
 
+# Of a change whose end nobody has heard.
+LOOK_FIRST: Final = "it may have been done, look before you repeat it"
+
 
 class CheckFailed(click.ClickException):
     """What was checked does not hold."""
@@ -23,7 +26,7 @@ class Refused(click.ClickException):
 
 
 class Unreachable(click.ClickException):
-    """There is no way into the database, or to the broker."""
+    """There is no way into the database, to the broker, or to whoever reads the output."""
 
     exit_code = 3
 
