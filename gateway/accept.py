@@ -20,6 +20,7 @@ from common.db.engine import Engine, Tx, constraint_name, in_transaction
 from common.db.ledger import LockedAccount, lock_accounts
 from common.db.merchants import Shop
 from common.db.payouts import NewPayout, Payout, append_accepted, find_by_external_ids
+from common.deadlines import Deadlines
 from common.domain.ledger import Entry, EntryKind
 from common.domain.money import render_amount
 from common.domain.payout import State
@@ -75,11 +76,14 @@ Verdict = Accepted | PayoutsError
 Tell = Callable[[Sequence[Order]], None]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
+    """An order and who waits for its verdict. `withdrawn`: nobody wants it any more, if no transaction has it yet."""
+
     order: Order
     future: asyncio.Future[Accepted]
     busy_until: float = 0.0
+    withdrawn: bool = False
 
 
 class Acceptor:
@@ -106,7 +110,7 @@ class Acceptor:
         self._tell = tell
         self._batch_max = batch_max
         self._queue_max = queue_max
-        self._wait_seconds = wait_seconds
+        self._deadlines = Deadlines(wait_seconds, _withdraw)
         self._lines = [_Line() for _ in range(committers)]
         self._busy_lines: dict[UUID, _Line] = {}
         self._busy_seconds_max = busy_seconds_max
@@ -134,15 +138,15 @@ class Acceptor:
         if not line.running:
             line.running = True
             self._start(self._run_line(line))
-        withdrawing = loop.call_later(self._wait_seconds, waiting.future.cancel)
+        self._deadlines.begin(waiting)
         try:
-            return await asyncio.shield(waiting.future)
+            return await waiting.future
         except asyncio.CancelledError:
-            if waiting.future.cancelled():
+            if waiting.withdrawn:
                 raise Overloaded from None
             raise
         finally:
-            withdrawing.cancel()
+            self._deadlines.end(waiting)
 
     async def close(self, deadline_seconds: float) -> None:
         """Let every transaction in flight end, for at most that long."""
@@ -169,7 +173,7 @@ class Acceptor:
         batch: list[_Waiting] = []
         while line.waiting and len(batch) < self._batch_max:
             waiting = line.waiting.popleft()
-            if waiting.future.done():
+            if waiting.withdrawn:
                 self._waiting_count -= 1
             else:
                 batch.append(waiting)
@@ -214,10 +218,10 @@ class Acceptor:
                 attempts_max=_ATTEMPTS_MAX,
             )
 
-        futures = {waiting.order.id: waiting.future for waiting in batch}
+        by_id = {waiting.order.id: waiting for waiting in batch}
 
         def is_wanted(order: Order) -> bool:
-            return not futures[order.id].done()
+            return not by_id[order.id].withdrawn
 
         busy = []
         orders = [waiting.order for waiting in batch]
@@ -230,6 +234,12 @@ class Acceptor:
         self._waiting_count -= len(batch) - len(busy)
         self._tell([order for order, verdict in zip(orders, verdicts, strict=True) if _is_new(verdict)])
         return busy
+
+
+def _withdraw(waiting: _Waiting) -> None:
+    if not waiting.future.done():
+        waiting.withdrawn = True
+        waiting.future.cancel()
 
 
 def _is_new(verdict: object) -> bool:

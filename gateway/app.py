@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from http import HTTPStatus
 from typing import Final
-from uuid import uuid4
 
 import structlog
 from aiohttp import web
 from prometheus_client import Histogram
+from uuid_utils import uuid4
 
 from common import tracing
 from common.admin import Readiness, livez, readyz
@@ -246,9 +246,10 @@ async def _read_body(request: web.Request, timeout_seconds: float) -> bytes:
     """
     if (request.content_length or 0) > BODY_BYTES_MAX:
         raise BodyTooLarge
-    has_come = request.content.is_eof()
     try:
-        async with asyncio.timeout(None if has_come else timeout_seconds):
+        if request.content.is_eof():
+            return await request.read()
+        async with asyncio.timeout(timeout_seconds):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise BodyTooLarge from None
@@ -272,10 +273,9 @@ async def answer(
     route, subject = _route(request), Subject()
     request[SUBJECT] = subject
     status, error = None, None
-    with (
-        structlog.contextvars.bound_contextvars(request_id=request_id),
-        _begin(request, route) as span,
-    ):
+    # The next request of this connection, which is the next of this task, binds its own.
+    structlog.contextvars.bind_contextvars(request_id=request_id)
+    with _begin(request, route) as span:
         request[SPAN] = span
         try:
             response, error = await _answer(request, handler, request_id)

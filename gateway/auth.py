@@ -1,5 +1,6 @@
 """Who is asking: API keys, the two signature formulas, scopes and networks, the shop a request is about; and rails."""
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -59,10 +60,11 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class LiveKey:
-    """A key that can sign, with its secret in the clear; only ever in memory."""
+    """A key that can sign, with its secret in the clear; only ever in memory. `ends_at`: Unix seconds."""
 
     key: ApiKey
     secret: str
+    ends_at: float
 
     def __repr__(self) -> str:
         return f"LiveKey({self.key.id})"
@@ -134,7 +136,7 @@ class Authenticator:
         live = await self._find_key(credentials.public_id)
         secret = _DUMMY_SECRET if live is None else live.secret
         signed = _signature_holds(secret, request, credentials, body, body_formula=body_formula)
-        if live is None or not self._is_live(live.key):
+        if live is None or live.key.merchant_status == "closed" or self._clock() >= live.ends_at:
             raise InvalidApiKey
         if not signed or (live.key.v1_only and not credentials.signature.startswith(V1_PREFIX)):
             raise InvalidSignature
@@ -159,11 +161,6 @@ class Authenticator:
             raise DefaultShopMissing
         raise ShopNotFound(code)
 
-    def _is_live(self, key: ApiKey) -> bool:
-        now = self._clock()
-        ends = [moment.timestamp() for moment in (key.expires_at, key.revoked_at) if moment is not None]
-        return key.merchant_status != "closed" and all(now < end for end in ends)
-
     async def _find_key_now(self, public_id: str) -> LiveKey | None:
         return await self._keys.submit(public_id) if _is_storable(public_id) else None
 
@@ -186,7 +183,8 @@ class Authenticator:
         except SealBroken as error:
             get_logger().error(LogEvent.SECRET_UNSEALABLE, api_key_id=str(key.id), error=str(error))
             return None
-        return LiveKey(key, secret)
+        ends = [moment.timestamp() for moment in (key.expires_at, key.revoked_at) if moment is not None]
+        return LiveKey(key, secret, min(ends, default=math.inf))
 
     async def _load_shops(self, wanted: Sequence[ShopKey]) -> list[Shop | None]:
         shops = await in_transaction(

@@ -1,9 +1,9 @@
 """The one table from our errors to HTTP, and the one shape of every error answer."""
 
-import json
 from dataclasses import dataclass
 from typing import Any, Final
 
+import orjson
 from aiohttp import web
 
 from common.errors import (
@@ -69,10 +69,6 @@ HTTP_ERRORS: Final[dict[type[PayoutsError], HttpError]] = {
 }
 
 
-# Made once: `json.dumps` makes another for each text that is not of its own style.
-_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-
-
 def http_error(error: PayoutsError) -> HttpError:
     """The row of an error's own class, or of the nearest family that has one."""
     return next(HTTP_ERRORS[family] for family in type(error).__mro__ if family in HTTP_ERRORS)
@@ -98,7 +94,7 @@ def render_error(error: PayoutsError, *, request_id: str, server_time: str) -> w
 def json_response(body: dict[str, Any], *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     """JSON in UTF-8, compact."""
     return web.Response(
-        body=_ENCODER.encode(body).encode(),
+        body=orjson.dumps(body),
         status=status,
         headers=headers,
         content_type="application/json",

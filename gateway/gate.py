@@ -2,9 +2,11 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from aiohttp import web
 
+from common.deadlines import Deadlines
 from common.errors import DatabaseSlow, Overloaded
 
 
@@ -13,7 +15,8 @@ class Gate:
 
     def __init__(self, *, requests_max: int, seconds_max: float) -> None:
         self._requests_max = requests_max
-        self._seconds_max = seconds_max
+        self._deadlines = Deadlines[asyncio.Task[Any]](seconds_max, self._give_up)
+        self._given_up: set[asyncio.Task[Any]] = set()
         self._count = 0
 
     async def let_in(self, work: Callable[[], Awaitable[web.Response]]) -> web.Response:
@@ -24,12 +27,23 @@ class Gate:
         """
         if self._count >= self._requests_max:
             raise Overloaded
+        task = asyncio.current_task()
+        assert task is not None, "requests run in tasks"
         self._count += 1
+        self._deadlines.begin(task)
         try:
-            async with asyncio.timeout(self._seconds_max):
-                return await work()
-        except TimeoutError:
+            return await work()
+        except asyncio.CancelledError:
+            if task not in self._given_up or task.cancelling() > 1:
+                raise
+            task.uncancel()
             # All that a request ever waits for is the database.
             raise DatabaseSlow from None
         finally:
+            self._deadlines.end(task)
+            self._given_up.discard(task)
             self._count -= 1
+
+    def _give_up(self, task: asyncio.Task[Any]) -> None:
+        self._given_up.add(task)
+        task.cancel()

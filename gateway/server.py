@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from time import monotonic
 from typing import Any
-from uuid import uuid4
 
 from aiohttp import web
+from uuid_utils import uuid4
 
 from common.domain.times import render_time
 from common.errors import InvariantViolated, PayoutsError, UnreadableRequest

@@ -1,10 +1,11 @@
 """Ids: UUIDv7 inside (RFC 9562, time-ordered, kind to B-trees), a typed lower-case form outside (`po_01jeb7…`)."""
 
+from functools import lru_cache
 from hashlib import sha256
 from typing import Final
 from uuid import UUID
 
-from uuid_utils.compat import uuid7
+import uuid_utils
 
 # Crockford's base32, lower case: no i, l, o, u.
 _ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -24,12 +25,12 @@ _DERIVED_VERSION: Final = 8
 
 def new_id() -> UUID:
     """A new time-ordered id."""
-    return uuid7()
+    return UUID(int=uuid_utils.uuid7().int)
 
 
 def new_payout_id() -> UUID:
     """A new time-ordered id, as version 8: it says that the payout's reference is derived from what its merchant calls it."""
-    return UUID(int=uuid7().int & ~(0xF << _VERSION_SHIFT) | _DERIVED_VERSION << _VERSION_SHIFT)
+    return UUID(int=uuid_utils.uuid7().int & ~(0xF << _VERSION_SHIFT) | _DERIVED_VERSION << _VERSION_SHIFT)
 
 
 def payout_reference(payout_id: UUID, shop_id: UUID, external_id: str) -> str:
@@ -57,6 +58,7 @@ def made_at(value: UUID) -> float:
     return (value.int >> 80) / 1000
 
 
+@lru_cache(maxsize=4096)
 def render_id(prefix: str, value: UUID) -> str:
     """The public form of an id: prefix, underscore, 26 characters that sort as the id does."""
     number = value.int

@@ -2,6 +2,7 @@
 
 import re
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Final
 
 _TIME: Final = re.compile(
@@ -19,6 +20,7 @@ def parse_time(text: str) -> datetime | None:
         return None
 
 
+@lru_cache(maxsize=1024)
 def render_time(moment: datetime) -> str:
     """RFC 3339 in UTC with microseconds, always six digits: `2025-12-05T10:00:00.000000Z`."""
     return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"

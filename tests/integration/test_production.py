@@ -73,7 +73,7 @@ async def test_what_production_asks_for_starts_and_is_well(make_cluster: MakeClu
     async with stack(cluster.url("payouts"), **variables) as running:
         for arguments in (("gateway",), ("worker", "all")):
             process = await running.start(*arguments)
-            assert '"event": "process.started"' in process.output
+            assert '"event":"process.started"' in process.output
         ended = await Terminal(environment(cluster.url("payouts"), **variables)).run("doctor")
 
     assert (ended.code, ended.err) == (0, "")

@@ -1,0 +1,40 @@
+"""Deadlines of many that all may take equally long: one timer for the oldest, where one for each costs more than it guards."""
+
+import asyncio
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+_Key = TypeVar("_Key", bound=Hashable)
+
+
+class Deadlines(Generic[_Key]):
+    """Tells `expire` of each key that has not ended `seconds` after it began."""
+
+    def __init__(self, seconds: float, expire: Callable[[_Key], object]) -> None:
+        self._seconds = seconds
+        self._expire = expire
+        # All take equally long, so the order in which they began is the one in which they expire.
+        self._ends: dict[_Key, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, key: _Key) -> None:
+        """Its time runs from now on."""
+        loop = asyncio.get_running_loop()
+        ends_at = self._ends[key] = loop.time() + self._seconds
+        if self._timer is None:
+            self._timer = loop.call_at(ends_at, self._look)
+
+    def end(self, key: _Key) -> None:
+        """It was in time; nothing happens where it was not."""
+        self._ends.pop(key, None)
+
+    def _look(self) -> None:
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        while self._ends:
+            key, ends_at = next(iter(self._ends.items()))
+            if ends_at > loop.time():
+                self._timer = loop.call_at(ends_at, self._look)
+                return
+            del self._ends[key]
+            self._expire(key)
