@@ -180,8 +180,6 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
         await app[ACCEPTOR].close(settings.drain_seconds)
         await publisher.drain(_PUBLISH_DRAIN_SECONDS)
         await end_tasks(publishing, 0)
-        await app[AUTHENTICATOR].close()
-        await app[RAIL_SECRETS].close()
         await asyncio.gather(close_engine(accept_engine), close_engine(engine))
 
     return resources

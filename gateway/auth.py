@@ -10,12 +10,10 @@ from typing import Final
 from uuid import UUID
 
 from aiohttp import web
-from async_lru import alru_cache
 
-from common.batching import Batcher
 from common.db.engine import READ_ATTEMPTS_MAX, Engine, in_transaction
 from common.db.merchants import ApiKey, Shop, ShopKey, find_active_shops, find_api_keys
-from common.db.rails import find_rail_secret
+from common.db.rails import find_rail_secrets
 from common.domain.signing import V1_PREFIX, parse_timestamp, sign_body, sign_v1, signatures_equal
 from common.errors import (
     AccessDenied,
@@ -32,12 +30,9 @@ from common.errors import (
 )
 from common.log import LogEvent, get_logger
 from common.sealing import API_KEY_PURPOSE, RAIL_SECRET_PURPOSE, Keyring, SealBroken
+from gateway.cache import ENTRIES_MAX, Cache
 from gateway.log import SUBJECT
 
-# Entries each cache may hold; unknown keys and shops are cached too, so that asking for them costs no more.
-_CACHE_MAX: Final = 10_000
-# Of those that are asked for while others are being loaded: a thousand merchants cost little more than one.
-_LOAD_MAX: Final = 256
 _DUMMY_SECRET: Final = "sk_of_nobody_the_work_of_checking_is_the_same"  # noqa: S105 opens nothing
 
 
@@ -114,16 +109,9 @@ class Authenticator:
         self._engine = engine
         self._keyring = keyring
         self._clock = clock
-        self._keys = Batcher(self._load_keys, batch_max=_LOAD_MAX)
-        self._shops = Batcher(self._load_shops, batch_max=_LOAD_MAX)
-        self._find_key = alru_cache(maxsize=_CACHE_MAX, ttl=cache_seconds)(self._find_key_now)
-        self._find_shop = alru_cache(maxsize=_CACHE_MAX, ttl=cache_seconds)(self._find_shop_now)
+        self._keys = Cache(self._load_keys, seconds=cache_seconds)
+        self._shops = Cache(self._load_shops, seconds=cache_seconds)
         self._rates = _Rates(requests_per_second_max)
-
-    async def close(self) -> None:
-        """Stop loading; forget everything."""
-        await self._find_key.cache_close()
-        await self._find_shop.cache_close()
 
     async def authenticate(
         self, request: web.Request, credentials: Credentials, body: bytes, *, scope: str, body_formula: bool
@@ -133,7 +121,7 @@ class Authenticator:
         An unknown key costs the same work as a known one, and is answered before a wrong signature.
         Raises: `InvalidApiKey`, `InvalidSignature`, `AccessDenied`, `RateLimited`, `DatabaseUnavailable`.
         """
-        live = await self._find_key(credentials.public_id)
+        live = await self._keys.get(credentials.public_id) if _is_storable(credentials.public_id) else None
         secret = _DUMMY_SECRET if live is None else live.secret
         signed = _signature_holds(secret, request, credentials, body, body_formula=body_formula)
         if live is None or live.key.merchant_status == "closed" or self._clock() >= live.ends_at:
@@ -153,19 +141,13 @@ class Authenticator:
 
         Raises: `ShopNotFound`, `DefaultShopMissing`, `DatabaseUnavailable`.
         """
-        shop = await self._find_shop(caller.merchant_id, code)
+        shop = await self._shops.get((caller.merchant_id, code)) if code is None or _is_storable(code) else None
         if shop is not None and (not caller.key.shop_ids or shop.id in caller.key.shop_ids):
             request[SUBJECT].shop_id = shop.id
             return shop
         if code is None:
             raise DefaultShopMissing
         raise ShopNotFound(code)
-
-    async def _find_key_now(self, public_id: str) -> LiveKey | None:
-        return await self._keys.submit(public_id) if _is_storable(public_id) else None
-
-    async def _find_shop_now(self, merchant_id: UUID, code: str | None) -> Shop | None:
-        return await self._shops.submit((merchant_id, code)) if code is None or _is_storable(code) else None
 
     async def _load_keys(self, public_ids: Sequence[str]) -> list[LiveKey | None]:
         keys = await in_transaction(
@@ -199,32 +181,26 @@ class RailSecrets:
     def __init__(self, engine: Engine, keyring: Keyring, *, cache_seconds: float) -> None:
         self._engine = engine
         self._keyring = keyring
-        self._find = alru_cache(maxsize=_CACHE_MAX, ttl=cache_seconds)(self._load)
-
-    async def close(self) -> None:
-        """Stop loading; forget everything."""
-        await self._find.cache_close()
+        self._secrets = Cache(self._load, seconds=cache_seconds)
 
     async def check(self, name: str, request: web.Request, timestamp: str, signature: str, body: bytes) -> None:
         """Whether the rail of that name has signed the request. An unknown rail costs the same work as a known one.
 
         Raises: `InvalidSignature`, `DatabaseUnavailable`.
         """
-        secret = await self._find(name)
+        secret = await self._secrets.get(name) if _is_storable(name) else None
         path, _, query = request.raw_path.partition("?")
         expected = sign_v1(secret or _DUMMY_SECRET, timestamp, request.method, path, query, body)
         if not signatures_equal(expected, signature) or secret is None:
             raise InvalidSignature
 
-    async def _load(self, name: str) -> str | None:
-        if not _is_storable(name):
-            return None
+    async def _load(self, names: Sequence[str]) -> list[str | None]:
         found = await in_transaction(
-            self._engine, lambda tx: find_rail_secret(tx, name), attempts_max=READ_ATTEMPTS_MAX
+            self._engine, lambda tx: find_rail_secrets(tx, names), attempts_max=READ_ATTEMPTS_MAX
         )
-        if found is None:
-            return None
-        rail_id, sealed = found
+        return [self._open(name, *found[name]) if name in found else None for name in names]
+
+    def _open(self, name: str, rail_id: UUID, sealed: bytes) -> str | None:
         try:
             return self._keyring.open(sealed, owner=rail_id, row=rail_id, purpose=RAIL_SECRET_PURPOSE).decode()
         except SealBroken as error:
@@ -270,7 +246,7 @@ class _Rates:
         second, count = self._counts.pop(key_id, (int(now), 0))
         count = count + 1 if second == int(now) else 1
         self._counts[key_id] = (int(now), count)
-        if len(self._counts) > _CACHE_MAX:
+        if len(self._counts) > ENTRIES_MAX:
             self._counts.popitem(last=False)
         if count > self._per_second_max:
             raise RateLimited

@@ -1,6 +1,6 @@
 """Rails as operators set them up: where each is, its secret, whether it is switched on."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -39,14 +39,14 @@ async def has_rail(tx: Tx, name: str) -> bool:
     return await tx.scalar(select(rails.c.id).where(rails.c.name == name)) is not None
 
 
-async def find_rail_secret(tx: Tx, name: str) -> tuple[UUID, bytes] | None:
-    """Id and sealed secret of the rail of that name; None: there is none, or it needs no secret."""
-    row = (
-        await tx.execute(
-            select(rails.c.id, rails.c.secret_sealed).where(rails.c.name == name, rails.c.secret_sealed.is_not(None))
+async def find_rail_secrets(tx: Tx, names: Collection[str]) -> dict[str, tuple[UUID, bytes]]:
+    """Id and sealed secret of the rails of these names. What is missing does not exist, or needs no secret."""
+    rows = await tx.execute(
+        select(rails.c.name, rails.c.id, rails.c.secret_sealed).where(
+            rails.c.name.in_(names), rails.c.secret_sealed.is_not(None)
         )
-    ).one_or_none()
-    return None if row is None else (row.id, row.secret_sealed)
+    )
+    return {row.name: (row.id, row.secret_sealed) for row in rows}
 
 
 async def append_http_rail(
