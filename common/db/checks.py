@@ -96,8 +96,12 @@ _CLAIM = text(
     """
 )
 
-# What the rows of a page lead to is found by key, however good reading a whole table may look.
-_BY_INDEX = text("SELECT set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)")
+# What the rows of a page lead to is found by key, however good reading a whole table may look; and how far a page goes is only
+# known when it is there.
+_BY_INDEX = text(
+    "SELECT set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true),"
+    " set_config('plan_cache_mode', 'force_custom_plan', true)"
+)
 
 _SAVE = text(
     """

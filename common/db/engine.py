@@ -32,6 +32,11 @@ _STATEMENT_TIMED_OUT: Final = "57014"
 
 # Everything these do goes by index; without statistics the planner may think otherwise.
 _BY_INDEX_ONLY: Final = frozenset({"payouts_gateway", "payouts_worker", "payouts_sealer"})
+# Their statements take arrays and probe an index for each element, so that one plan does whatever is in the arrays and in the
+# tables: to plan them anew each time costs as much as to carry them out.
+_BY_INDEX: Final = {"enable_seqscan": "off", "plan_cache_mode": "force_generic_plan"}
+# A generic plan made while a table was small would stay until somebody analyses it.
+_PLANNED_EACH_TIME: Final = {"plan_cache_mode": "force_custom_plan"}
 _READER: Final = "payouts_readonly"
 
 # How much longer than the server ourselves wait for a statement: for a server that no longer answers at all.
@@ -80,9 +85,7 @@ def create_engine(settings: Settings, *, role: str, application: str, pool_max: 
                 "search_path": "public",
                 "timezone": "UTC",
                 "jit": "off",
-                # A generic plan made while a table was small would stay until somebody analyses it.
-                "plan_cache_mode": "force_custom_plan",
-                **({"enable_seqscan": "off"} if role in _BY_INDEX_ONLY else {}),
+                **(_BY_INDEX if role in _BY_INDEX_ONLY else _PLANNED_EACH_TIME),
                 **{name: str(int(seconds * 1000)) for name, seconds in milliseconds.items()},
             },
         },

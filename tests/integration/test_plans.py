@@ -16,7 +16,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import CursorResult, event, text
 
 from common.db.ages import find_ages
 from common.db.callbacks import (
@@ -225,13 +225,28 @@ async def _plans(url: str, role: str, work: Callable[[Tx], Awaitable[Any]]) -> l
                 await work(tx)
             assert sent
             plans: list[dict[str, Any]] = []
+            generic = await tx.scalar(text("SHOW plan_cache_mode")) == "force_generic_plan"
             for statement, parameters in sent:
-                rows = await tx.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {statement}", parameters)
-                plan = rows.scalar_one()
+                explain = _explain_generic if generic else _explain
+                plan = (await explain(tx, statement, parameters)).scalar_one()
                 plans += plan if isinstance(plan, list) else json.loads(plan)
             return [item["Plan"] for item in plans]
     finally:
         await pool.dispose()
+
+
+async def _explain(tx: Tx, statement: str, parameters: Any) -> CursorResult[Any]:
+    return await tx.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {statement}", parameters)
+
+
+async def _explain_generic(tx: Tx, statement: str, parameters: Any) -> CursorResult[Any]:
+    """The plan that does for all parameters, as a session makes it once: whatever they are now, it does not see them."""
+    nothing = f"({', '.join(['NULL'] * len(parameters))})" if parameters else ""
+    await tx.exec_driver_sql(f"PREPARE hot AS {statement}")
+    try:
+        return await tx.exec_driver_sql(f"EXPLAIN (FORMAT JSON) EXECUTE hot{nothing}")
+    finally:
+        await tx.exec_driver_sql("DEALLOCATE hot")
 
 
 def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
