@@ -343,10 +343,10 @@ class Settings:
         "PAYOUTS_SETTLE_LEASE_SECONDS", _decimal(1, 3600), "60", "a worker that is silent for longer lost its payouts"
     )
     settle_concurrency: int = _setting(
-        "PAYOUTS_SETTLE_CONCURRENCY", _integer(1, 10_000), "512", "calls in flight per rail and process"
+        "PAYOUTS_SETTLE_CONCURRENCY", _integer(1, 10_000), "1024", "calls in flight per rail and process"
     )
     settle_shop_concurrency: int = _setting(
-        "PAYOUTS_SETTLE_SHOP_CONCURRENCY", _integer(1, 10_000), "256", "calls in flight per shop, rail and process"
+        "PAYOUTS_SETTLE_SHOP_CONCURRENCY", _integer(1, 10_000), "768", "calls in flight per shop, rail and process"
     )
     rail_timeout_seconds: float = _setting(
         "PAYOUTS_RAIL_TIMEOUT_SECONDS", _decimal(0.1, 600), "20", "for one call to a rail; then the outcome is unknown"

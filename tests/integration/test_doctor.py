@@ -165,7 +165,7 @@ async def test_pools_must_fit_the_database_when_their_number_is_told(
     ("variables", "subject"),
     [
         ({"PAYOUTS_DRAIN_SECONDS": "5"}, "leaving"),
-        ({"PAYOUTS_SETTLE_SHOP_CONCURRENCY": "600"}, "share per shop"),
+        ({"PAYOUTS_SETTLE_SHOP_CONCURRENCY": "1100"}, "share per shop"),
         ({"PAYOUTS_RAIL_CONNECT_TIMEOUT_SECONDS": "20"}, "time-outs of rails"),
         ({"PAYOUTS_CALLBACK_LANE_CONCURRENCY": "512"}, "share per lane"),
         ({"PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS": "20"}, "database time-outs"),
