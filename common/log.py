@@ -5,6 +5,7 @@ a signature or a recipient.
 import json
 import logging
 import sys
+from contextlib import suppress
 from enum import StrEnum
 from functools import cache, lru_cache
 from time import monotonic
@@ -57,6 +58,8 @@ class LogEvent(StrEnum):
     INVARIANT_BROKEN = "invariant.broken"
 
 
+_JSON_OPTIONS: Final = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
+
 # A second line of defence: whatever is logged under such a key is dropped.
 _FORBIDDEN_PARTS: Final = ("secret", "signature", "card", "recipient", "password", "authorization", "body")
 
@@ -74,11 +77,12 @@ def _forbidden_of(keys: tuple[str, ...]) -> list[str]:
 
 
 def _render_json(_logger: Any, _method: str, line: structlog.typing.EventDict) -> str:
-    """One line of JSON, whatever is in it: what the fast way refuses (a lone surrogate, a huge integer), the slow one takes."""
-    try:
-        return orjson.dumps(line, default=repr, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS).decode()
-    except TypeError:
-        return json.dumps(line, default=repr, sort_keys=True)
+    """One line of JSON in ASCII, whatever is in it; the fast way where that is enough. Our classes are told by their `repr`."""
+    with suppress(TypeError):
+        told = orjson.dumps(line, default=repr, option=_JSON_OPTIONS)
+        if told.isascii():
+            return told.decode()
+    return json.dumps(line, default=repr, sort_keys=True, separators=(",", ":"))
 
 
 def configure_logging(log_format: str, log_level: str = "info", **bound: str) -> None:
