@@ -1,13 +1,16 @@
-"""What every process of ours has in common: how garbage is collected, and how it ends."""
+"""What every process of ours has in common: how it begins, and how it ends."""
 
 import asyncio
 import gc
+import resource
 import signal
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Any, Final
 
 # For what does not end even when it is cancelled: it shall not keep the process from ending.
 _CANCEL_SECONDS: Final = 1.0
+_FILES_MAX: Final = 10_240
 # Objects that must have come and stayed until the youngest are looked through, and how often until the older ones are.
 _COLLECT_AFTER: Final = (10_000, 20, 50)
 
@@ -21,6 +24,14 @@ def collect_seldom() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_COLLECT_AFTER)
+
+
+def open_many_files() -> None:
+    """As many files and connections as we may at most: calls in flight have a connection each, and the usual limit is 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS names no limit here and has one all the same.
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most if most != resource.RLIM_INFINITY else _FILES_MAX, most))
 
 
 def stop_requested() -> asyncio.Event:

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from common.admin import Readiness, admin_server
 from common.log import LogEvent, configure_logging, get_logger
-from common.process import collect_seldom, stop_requested
+from common.process import collect_seldom, open_many_files, stop_requested
 from common.settings import Settings, SettingsInvalid
 from common.tracing import traced
 from gateway.app import create_app
@@ -50,6 +50,7 @@ def main() -> int:
         print(f"gateway: {error}", file=sys.stderr)
         return 2
     configure_logging(settings.log_format, settings.log_level, process="gateway")
+    open_many_files()
     collect_seldom()
     with traced(os.environ, "gateway"):
         uvloop.run(serve(settings))

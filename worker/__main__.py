@@ -9,7 +9,7 @@ import sys
 import uvloop
 
 from common.log import configure_logging
-from common.process import collect_seldom
+from common.process import collect_seldom, open_many_files
 from common.settings import Settings, SettingsInvalid
 from common.tracing import traced
 from migrations.run import newest_revision
@@ -29,6 +29,7 @@ def main() -> int:
         print(f"worker: {error}", file=sys.stderr)
         return 2
     configure_logging(settings.log_format, settings.log_level, process=f"worker-{arguments[0]}")
+    open_many_files()
     collect_seldom()
     with traced(os.environ, f"worker-{arguments[0]}"):
         uvloop.run(run_worker(settings, choices[arguments[0]], schema_revision=newest_revision()))
