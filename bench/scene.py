@@ -5,6 +5,7 @@ Everything is in a folder that is removed afterwards. Processes are started with
 
 import asyncio
 import os
+import platform
 import shutil
 import sys
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -226,4 +227,10 @@ async def scene(folder: Path, say: Say, *, carriers: Collection[str]) -> AsyncIt
 
 def describe_machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    return {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "python": sys.version.split()[0]}
+    return {
+        "system": platform.platform(terse=True),
+        "cpus": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "load": os.getloadavg()[0],
+        "python": sys.version.split()[0],
+    }
