@@ -271,7 +271,7 @@ async def answer(
     route, subject = _route(request), Subject()
     request[SUBJECT] = subject
     status, error = None, None
-    # The next request of this connection, which is the next of this task, binds its own.
+    # Every request has a task, and by that a context, of its own.
     structlog.contextvars.bind_contextvars(request_id=request_id)
     with _begin(request, route) as span:
         request[SPAN] = span
@@ -307,7 +307,8 @@ async def _answer(
     try:
         return await handler(request), None
     except PayoutsError as raised:
-        error = raised
+        # Without its frames: they hold this request, and it would hold them, until garbage is collected.
+        error = raised.with_traceback(None)
     except web.HTTPMethodNotAllowed as raised:
         error, headers = MethodNotAllowed(), {"Allow": ", ".join(sorted(raised.allowed_methods))}
     except web.HTTPNotFound:

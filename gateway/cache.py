@@ -25,7 +25,7 @@ class _Entry(Generic[_Value]):
 
 
 class Cache(Generic[_Key, _Value]):
-    """Values by their keys, none older than `seconds`.
+    """Values by their keys, none given out that is older than `seconds`.
 
     Whoever has to wait for a value brings along those that will be missed next: entries that were asked for and have lived
     half of their time. So a thousand merchants who ask in turn cost a few transactions, not one each.
@@ -56,13 +56,16 @@ class Cache(Generic[_Key, _Value]):
     async def _load_batch(self, keys: Sequence[_Key]) -> list[_Value]:
         # What changes while the database answers may be in the answer or not: it is as old as the question.
         asked_at = self._clock()
-        batch = list(dict.fromkeys([*keys, *self._soon_missed(asked_at)]))
-        values = dict(zip(batch, await self._load(batch), strict=True))
-        for key, value in values.items():
+        # Many may have asked for one key; those who did not fit into the batch before find it loaded.
+        values = {key: entry.value for key in keys if (entry := self._entries.get(key)) and asked_at < entry.ends_at}
+        batch = [key for key in dict.fromkeys([*keys, *self._soon_missed(asked_at)]) if key not in values]
+        loaded = dict(zip(batch, await self._load(batch), strict=True)) if len(values) < len(set(keys)) else {}
+        for key, value in loaded.items():
             self._entries.pop(key, None)
             self._entries[key] = _Entry(value, asked_at + self._seconds)
         while len(self._entries) > ENTRIES_MAX:
             del self._entries[next(iter(self._entries))]
+        values |= loaded
         return [values[key] for key in keys]
 
     def _soon_missed(self, now: float) -> list[_Key]:
@@ -72,6 +75,8 @@ class Cache(Generic[_Key, _Value]):
             if entry.ends_at > now + self._seconds / 2:
                 break
             if entry.wanted:
+                # Taken along once, until somebody asks for it again: one that cannot be loaded spoils no other for long.
+                entry.wanted = False
                 soon.append(key)
             elif entry.ends_at <= now:
                 ended.append(key)

@@ -29,19 +29,22 @@ class Gate:
             raise Overloaded
         task = asyncio.current_task()
         assert task is not None, "requests run in tasks"
+        canceled_before = task.cancelling()
         self._count += 1
         self._deadlines.begin(task)
         try:
             return await work()
         except asyncio.CancelledError:
-            if task not in self._given_up or task.cancelling() > 1:
+            # One of ours, and nobody else's beside it.
+            if task not in self._given_up or task.cancelling() > canceled_before + 1:
                 raise
-            task.uncancel()
             # All that a request ever waits for is the database.
             raise DatabaseSlow from None
         finally:
             self._deadlines.end(task)
-            self._given_up.discard(task)
+            if task in self._given_up:
+                self._given_up.remove(task)
+                task.uncancel()
             self._count -= 1
 
     def _give_up(self, task: asyncio.Task[Any]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, delete, func, insert, select, update
+from sqlalchemy import ARRAY, Row, Text, any_, bindparam, delete, func, insert, select, update
 
 from common.db.engine import Tx
 from common.db.tables import payout_due, rails
@@ -43,8 +43,9 @@ async def find_rail_secrets(tx: Tx, names: Collection[str]) -> dict[str, tuple[U
     """Id and sealed secret of the rails of these names. What is missing does not exist, or needs no secret."""
     rows = await tx.execute(
         select(rails.c.name, rails.c.id, rails.c.secret_sealed).where(
-            rails.c.name.in_(names), rails.c.secret_sealed.is_not(None)
-        )
+            rails.c.name == any_(bindparam("names", type_=ARRAY(Text))), rails.c.secret_sealed.is_not(None)
+        ),
+        {"names": list(names)},
     )
     return {row.name: (row.id, row.secret_sealed) for row in rows}
 

@@ -51,6 +51,7 @@ from common.db.merchants import find_active_shops, find_api_keys
 from common.db.payins import append_payin, claim_questions, find_payin, lock_payins
 from common.db.payouts import find_by_external_ids, find_moves, find_payout, lock_payouts
 from common.db.rail_events import find_rail_events_due, lock_rail_events
+from common.db.rails import find_rail_secrets
 from common.db.reconciling import find_by_references, find_moved
 from common.db.resolutions import count_doubts, list_waiting
 from common.db.sealed import COLUMNS, SealedValue, count_sealed, find_sealed_otherwise, save_sealed_anew
@@ -281,6 +282,7 @@ HOT: dict[str, tuple[str, Work]] = {
     "find_api_keys": (GATEWAY, lambda crowd: lambda tx: find_api_keys(tx, [crowd.merchant.api_key, "nobody's"])),
     "find_active_shops": (GATEWAY, lambda crowd: lambda tx: find_active_shops(
         tx, [(crowd.merchant.shop.merchant_id, None), (crowd.merchant.shop.merchant_id, crowd.merchant.shop.code)])),
+    "find_rail_secrets": (GATEWAY, lambda _crowd: lambda tx: find_rail_secrets(tx, ["sandbox", "nobody's"])),
     "find_payout": (GATEWAY, lambda crowd: lambda tx: find_payout(tx, *crowd.external_ids[0])),
     "find_balance": (GATEWAY, lambda crowd: lambda tx: find_balance(tx, crowd.merchant.shop.account_id)),
     "claim_due": (WORKER, lambda _crowd: lambda tx: claim_due(tx, _claim(), FIRST_SHOP, {})),

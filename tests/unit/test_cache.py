@@ -1,10 +1,11 @@
 """What the gateway remembers: for how long, and what is loaded along."""
 
+import asyncio
 from collections.abc import Sequence
 
 import pytest
 
-from gateway.cache import ENTRIES_MAX, Cache
+from gateway.cache import ENTRIES_MAX, LOAD_MAX, Cache
 
 
 class Store:
@@ -14,11 +15,12 @@ class Store:
         self.now = 1000.0
         self.batches: list[list[str]] = []
         self.broken = False
+        self.bad = ""
         self.cache = Cache[str, str | None](self.load, seconds=4.0, clock=lambda: self.now)
 
     async def load(self, keys: Sequence[str]) -> list[str | None]:
         self.batches.append(list(keys))
-        if self.broken:
+        if self.broken or self.bad in keys:
             raise ConnectionError
         return [None if key == "nobody" else f"{key} at {self.now:g}" for key in keys]
 
@@ -80,3 +82,20 @@ async def test_the_oldest_are_forgotten_when_there_are_too_many() -> None:
     assert store.batches == []
     await store.cache.get("0")
     assert store.batches == [["0"]]
+
+
+async def test_one_that_cannot_be_loaded_spoils_others_once_at_most() -> None:
+    store = Store()
+    for _ in range(2):
+        await store.cache.get("bad")
+    store.now, store.bad = 1002.0, "bad"
+    with pytest.raises(ConnectionError):
+        await store.cache.get("good")
+    assert await store.cache.get("good") == "good at 1002"
+
+
+async def test_many_who_ask_for_one_at_the_same_time_have_it_loaded_once() -> None:
+    store = Store()
+    values = await asyncio.gather(*(store.cache.get("a") for _ in range(3 * LOAD_MAX)))
+    assert set(values) == {"a at 1000"}
+    assert store.batches == [["a"]]
