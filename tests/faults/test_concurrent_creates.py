@@ -102,7 +102,7 @@ async def test_of_64_concurrent_twins_one_is_created_and_63_are_told_so(
 async def assert_both_served(running: Stack) -> None:
     """Every gateway of the stack has answered creates; otherwise the test has not tested much."""
     for process in running._processes:
-        assert '"route": "/api/v1/payouts"' in process.output
+        assert '"route":"/api/v1/payouts"' in process.output
 
 
 async def test_of_64_concurrent_twins_with_different_contents_one_is_created_and_the_rest_are_refused_or_told(

@@ -291,7 +291,7 @@ async def test_hanging_up_in_the_middle_of_the_body_leaves_nothing(
                 pass
 
         async def noticed() -> bool:
-            return process.output.count('"route": "/api/v1/payouts"') == 4
+            return process.output.count('"route":"/api/v1/payouts"') == 4
 
         await eventually(noticed, "the gateway noticed that the callers had gone")
         assert await find_stored(owner, merchant.shop.id, external_id_of(body)) == Stored(0, 0, 0)

@@ -269,7 +269,7 @@ async def test_no_secret_and_no_recipient_is_in_any_log_any_trace_or_any_metric(
             *(LogEvent.PAYOUT_ATTEMPTED, LogEvent.PAYIN_ASKED, LogEvent.CALLBACK_ATTEMPTED, LogEvent.MESSAGE_CLAIMED),
             *(LogEvent.MESSAGE_PARKED, LogEvent.BROKER_UNREACHABLE, LogEvent.RAIL_EVENT_APPLIED),
         }
-        assert b'"level": "debug"' in logs.replace(b'":"', b'": "'), "libraries talk too"
+        assert b'"level":"debug"' in logs.replace(b'": "', b'":"'), "libraries talk too"
         assert {span.name for span in traces.spans} >= {"POST /api/v1/payouts", "settle", "submit bank", "callback"}
         assert len([place for place in places if place.startswith("metrics") and b"payouts_" in places[place]]) == 4
         a_part_of_each = dict(life.hidden.parts())
