@@ -126,6 +126,12 @@ async def _count(engine: Engine, chosen: Chosen) -> int:
                 return count
 
 
+def _is_interrupted() -> bool:
+    """Whether somebody has asked for the end of what we are doing."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 def _go_on(replay_id: UUID, count: int | None, *, as_json: bool) -> None:
     async def work(engine: Engine) -> Replay:
         rows_max, started, before = 1, monotonic(), None
@@ -137,6 +143,9 @@ def _go_on(replay_id: UUID, count: int | None, *, as_json: bool) -> None:
                     raise Refused(f"there is no replay {replay_id}")
                 done = replay.sent + replay.passed_over
                 progress.update(task, completed=done)
+                if _is_interrupted():
+                    # An interruption that met the end of a transaction can be lost on its way to us.
+                    raise asyncio.CancelledError
                 if replay.finished:
                     return replay
                 before = done - rows_max if before is None else before
