@@ -10,6 +10,7 @@ from typing import Any, Final
 
 # For what does not end even when it is cancelled: it shall not keep the process from ending.
 _CANCEL_SECONDS: Final = 1.0
+# Where the system names no limit of open files, and has one all the same, as macOS does.
 _FILES_MAX: Final = 10_240
 # Objects that must have come and stayed until the youngest are looked through, and how often until the older ones are.
 _COLLECT_AFTER: Final = (10_000, 20, 50)
@@ -29,7 +30,6 @@ def collect_seldom() -> None:
 def open_many_files() -> None:
     """As many files and connections as we may at most: calls in flight have a connection each, and the usual limit is 1,024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # macOS names no limit here and has one all the same.
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most if most != resource.RLIM_INFINITY else _FILES_MAX, most))
 

@@ -47,26 +47,34 @@ class Cache(Generic[_Key, _Value]):
 
     async def get(self, key: _Key) -> _Value:
         """The value of a key. Raises: what `load` raises."""
+        entry = self._find(key)
+        if entry is None:
+            return await self._batcher.submit(key)
+        entry.wanted = True
+        return entry.value
+
+    def _find(self, key: _Key) -> _Entry[_Value] | None:
         entry = self._entries.get(key)
-        if entry is not None and self._clock() < entry.ends_at:
-            entry.wanted = True
-            return entry.value
-        return await self._batcher.submit(key)
+        return entry if entry is not None and self._clock() < entry.ends_at else None
 
     async def _load_batch(self, keys: Sequence[_Key]) -> list[_Value]:
+        # Many may have asked for one key; those who did not fit into the batch before find it loaded.
+        values = {key: entry.value for key in keys if (entry := self._find(key)) is not None}
+        if missing := [key for key in keys if key not in values]:
+            values |= await self._load_together(missing)
+        return [values[key] for key in keys]
+
+    async def _load_together(self, keys: Sequence[_Key]) -> dict[_Key, _Value]:
         # What changes while the database answers may be in the answer or not: it is as old as the question.
         asked_at = self._clock()
-        # Many may have asked for one key; those who did not fit into the batch before find it loaded.
-        values = {key: entry.value for key in keys if (entry := self._entries.get(key)) and asked_at < entry.ends_at}
-        batch = [key for key in dict.fromkeys([*keys, *self._soon_missed(asked_at)]) if key not in values]
-        loaded = dict(zip(batch, await self._load(batch), strict=True)) if len(values) < len(set(keys)) else {}
+        batch = list(dict.fromkeys([*keys, *self._soon_missed(asked_at)]))
+        loaded = dict(zip(batch, await self._load(batch), strict=True))
         for key, value in loaded.items():
             self._entries.pop(key, None)
             self._entries[key] = _Entry(value, asked_at + self._seconds)
         while len(self._entries) > ENTRIES_MAX:
             del self._entries[next(iter(self._entries))]
-        values |= loaded
-        return [values[key] for key in keys]
+        return loaded
 
     def _soon_missed(self, now: float) -> list[_Key]:
         """A few that are about to end and were wanted; those that have ended and were not are forgotten."""

@@ -7,7 +7,7 @@ end of a statement and see both halves.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import Row, select, text
@@ -212,8 +212,8 @@ _LOCK_PAYOUTS, _LOCK_PAYOUTS_TO_SEND = (
 )
 
 
-_STATES = {state.value: state for state in State}
-_STATE_AT = list(LockedPayout.__dataclass_fields__).index("state")
+_STATES: Final = {state.value: state for state in State}
+_STATE_AT: Final = list(LockedPayout.__dataclass_fields__).index("state")
 
 
 async def lock_payouts(tx: Tx, payout_ids: Collection[UUID], *, to_send: bool = False) -> list[LockedPayout]:
