@@ -118,6 +118,7 @@ async def run_load(
     of_run = in_run(shops, prefix)
     await (_until_quiet(on, created, progress) if alone else _until_delivered(on, of_run, created, progress))
     costs = (await on.usage()).since(before, max(1, created))
+    await on.analyze()
     arrivals: dict[str, list[float]] = await on.ask_receiver("arrivals")
     delivered = await in_transaction(on.superuser, lambda tx: lay_beside(tx, answers, of_run, arrivals, alone=alone))
     unsettled = await in_transaction(on.superuser, lambda tx: count_unsettled(tx, of_run))

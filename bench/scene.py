@@ -89,6 +89,10 @@ class Scene:
             await connection.execute(text("VACUUM (ANALYZE)"))
             await connection.execute(text("CHECKPOINT"))
 
+    async def analyze(self) -> None:
+        """Let the planner know how much has come since: what lays a run beside its answers reads all of it."""
+        await in_transaction(self.superuser, lambda tx: tx.execute(text("ANALYZE")))
+
     async def _purge(self) -> None:
         topology = Topology(self.settings.amqp_queue_prefix, self.settings.amqp_shards)
         async with await broker.connect(self.carriers[RABBITMQ]) as connection:

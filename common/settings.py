@@ -304,7 +304,7 @@ class Settings:
     accept_committers: int = _setting(
         "PAYOUTS_ACCEPT_COMMITTERS",
         _integer(1, 16),
-        "2",
+        "1",
         "transactions that accept payouts at the same time, per process; shops that are behind have some more",
     )
     accept_batch_max: int = _setting(

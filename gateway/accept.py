@@ -1,14 +1,15 @@
 """Group commit: creates that arrive while a transaction is in flight are decided by the next one, together.
 
-One transaction locks the accounts of its batch, reads which ids exist already, decides in arrival order and writes only what
-was accepted. It is written to be repeated: a row with our own id is ours, so when COMMIT's answer is lost, running the
+Where nothing speaks against any of an account's orders, one statement accepts them, and is the whole transaction. The others
+take the careful way, `decide_batch`: lock the accounts, read which ids exist already, decide in arrival order and write only
+what was accepted. Both are written to be repeated: a row with our own id is ours, so when COMMIT's answer is lost, running the
 batch again tells what happened (the account's lock makes it wait for the first try to end).
 """
 
 import asyncio
 import json
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from time import monotonic
@@ -16,16 +17,18 @@ from typing import Any, Final
 from uuid import UUID
 
 from common.batching import flush_by_halves, settle_future
-from common.db.engine import Engine, Tx, constraint_name, in_transaction
+from common.db.accepting import NewPayout, accept_unopposed, append_accepted
+from common.db.engine import Engine, Tx, constraint_name, each_alone, in_transaction
 from common.db.ledger import LockedAccount, lock_accounts
 from common.db.merchants import Shop
-from common.db.payouts import NewPayout, Payout, append_accepted, find_by_external_ids
+from common.db.payouts import Payout, find_by_external_ids
 from common.deadlines import Deadlines
 from common.domain.ledger import Entry, EntryKind
 from common.domain.money import render_amount
 from common.domain.payout import State
 from common.errors import (
     AccountBusy,
+    DatabaseSlow,
     ExternalIdReused,
     FieldError,
     InsufficientBalance,
@@ -37,6 +40,8 @@ from common.errors import (
 from common.log import LogEvent, get_logger
 
 _ATTEMPTS_MAX: Final = 3
+# How long a batch of several shops waits for its accounts: longer than any transaction of ours holds them.
+_TURN_SECONDS: Final = 0.05
 # How long a shop that is behind waits for its account before others get the committer.
 _BUSY_TURN_SECONDS: Final = 0.2
 
@@ -58,10 +63,25 @@ class Order:
     expires_at: datetime | None = None
     traceparent: str | None = None
 
-    @property
-    def details_json(self) -> str | None:
-        """The details as they are stored."""
-        return None if self.details is None else json.dumps(self.details)
+    def stored(self) -> NewPayout:
+        """As it is written when it is accepted."""
+        return NewPayout(
+            id=self.id,
+            shop_id=self.shop.id,
+            account_id=self.shop.account_id,
+            external_id=self.external_id,
+            amount_minor=self.amount_minor,
+            currency=self.shop.currency,
+            recipient_sealed=self.recipient_sealed,
+            recipient_masked=self.recipient_masked,
+            recipient_digest=self.recipient_digest,
+            payment_data_digest=self.payment_data_digest,
+            callback_url=self.callback_url,
+            details=None if self.details is None else json.dumps(self.details),
+            rail=self.shop.rail,
+            expires_at=self.expires_at,
+            traceparent=self.traceparent,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +98,13 @@ Tell = Callable[[Sequence[Order]], None]
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """An order and who waits for its verdict. `withdrawn`: nobody wants it any more, if no transaction has it yet."""
+    """An order and who waits for its verdict, until `ends_at`. `withdrawn`: nobody wants it any more, if no transaction has
+    it yet.
+    """
 
     order: Order
     future: asyncio.Future[Accepted]
+    ends_at: float
     busy_until: float = 0.0
     withdrawn: bool = False
 
@@ -107,9 +130,11 @@ class Acceptor:
         tell: Tell = lambda _: None,
     ) -> None:
         self._engine = engine
+        self._engine_of_one = each_alone(engine)
         self._tell = tell
         self._batch_max = batch_max
         self._queue_max = queue_max
+        self._wait_seconds = wait_seconds
         self._deadlines = Deadlines(wait_seconds, _withdraw)
         self._lines = [_Line() for _ in range(committers)]
         self._busy_lines: dict[UUID, _Line] = {}
@@ -130,7 +155,7 @@ class Acceptor:
         if self._waiting_count >= self._queue_max:
             raise Overloaded
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(order, loop.create_future())
+        waiting = _Waiting(order, loop.create_future(), monotonic() + self._wait_seconds)
         self._waiting_count += 1
         shop_id = order.shop.id
         line = self._busy_lines.get(shop_id) or self._lines[shop_id.int % len(self._lines)]
@@ -162,7 +187,10 @@ class Acceptor:
     async def _run_line(self, line: "_Line") -> None:
         try:
             while batch := self._take(line):
-                for waiting in await self._commit(batch, wait_seconds=0):
+                if busy := await self._commit(batch, wait_seconds=_TURN_SECONDS):
+                    # One account is held for longer. Without waiting the others pass, and it is known which one it is.
+                    busy = await self._commit(busy, wait_seconds=0)
+                for waiting in busy:
                     waiting.busy_until = monotonic() + self._busy_seconds_max
                     self._to_busy_line(waiting)
         finally:
@@ -209,7 +237,63 @@ class Acceptor:
                 self._waiting_count -= 1
 
     async def _commit(self, batch: list[_Waiting], *, wait_seconds: float) -> list[_Waiting]:
-        """Decide a batch in one transaction and settle it; returns those whose account somebody else holds."""
+        """Decide a batch and settle it; returns those whose account somebody else holds."""
+        verdicts = await self._decide(batch, wait_seconds)
+        busy: list[_Waiting] = []
+        new: list[Order] = []
+        for waiting in batch:
+            verdict = verdicts[waiting.order.id]
+            if verdict is None or isinstance(verdict, AccountBusy):
+                busy.append(waiting)
+                continue
+            settle_future(waiting.future, _ours(verdict, waiting.order))
+            if isinstance(verdict, Accepted) and not verdict.replayed:
+                new.append(waiting.order)
+        self._waiting_count -= len(batch) - len(busy)
+        self._tell(new)
+        return busy
+
+    async def _decide(self, batch: list[_Waiting], wait_seconds: float) -> dict[UUID, Verdict | Exception | None]:
+        """By the order's id its verdict, or the error that it met; None where somebody else holds the account."""
+        try:
+            accepted_at = await self._accept_unopposed(batch, wait_seconds)
+        except (AccountBusy, DatabaseSlow) as error:
+            return {waiting.order.id: error for waiting in batch}
+        except Exception:  # the careful way finds out what has happened, and which of them is at fault, if any is
+            accepted_at = _nothing_accepted(batch)
+        verdicts: dict[UUID, Verdict | Exception | None] = {}
+        opposed: list[_Waiting] = []
+        for waiting in batch:
+            order = waiting.order
+            if order.shop.account_id not in accepted_at:
+                verdicts[order.id] = None
+            elif (moment := accepted_at[order.shop.account_id]) is None:
+                opposed.append(waiting)
+            else:
+                verdicts[order.id] = Accepted(_new_payout(order, moment), replayed=False)
+        if opposed:
+            verdicts |= await self._decide_carefully(opposed, wait_seconds)
+        return verdicts
+
+    async def _accept_unopposed(self, batch: list[_Waiting], wait_seconds: float) -> dict[int, datetime | None]:
+        """As `accept_unopposed`; nothing if one might be withdrawn while its account is awaited, for nobody would notice."""
+        soon = monotonic() + 2 * wait_seconds
+        if wait_seconds and any(waiting.ends_at < soon for waiting in batch):
+            return _nothing_accepted(batch)
+        wanted = [waiting.order.stored() for waiting in batch]
+        return await in_transaction(
+            self._engine_of_one,
+            lambda tx: accept_unopposed(tx, wanted, wait_seconds=wait_seconds),
+            attempts_max=1,
+        )
+
+    async def _decide_carefully(
+        self, batch: list[_Waiting], wait_seconds: float
+    ) -> Mapping[UUID, Verdict | Exception | None]:
+        by_id = {waiting.order.id: waiting for waiting in batch}
+
+        def is_wanted(order: Order) -> bool:
+            return not by_id[order.id].withdrawn
 
         async def decide(orders: Sequence[Order]) -> list[Verdict | None]:
             return await in_transaction(
@@ -218,22 +302,8 @@ class Acceptor:
                 attempts_max=_ATTEMPTS_MAX,
             )
 
-        by_id = {waiting.order.id: waiting for waiting in batch}
-
-        def is_wanted(order: Order) -> bool:
-            return not by_id[order.id].withdrawn
-
-        busy = []
-        orders = [waiting.order for waiting in batch]
-        verdicts = await flush_by_halves(decide, orders)
-        for waiting, verdict in zip(batch, verdicts, strict=True):
-            if verdict is None or isinstance(verdict, AccountBusy):
-                busy.append(waiting)
-            else:
-                settle_future(waiting.future, _ours(verdict, waiting.order))
-        self._waiting_count -= len(batch) - len(busy)
-        self._tell([order for order, verdict in zip(orders, verdicts, strict=True) if _is_new(verdict)])
-        return busy
+        verdicts = await flush_by_halves(decide, [waiting.order for waiting in batch])
+        return dict(zip(by_id, verdicts, strict=True))
 
 
 def _withdraw(waiting: _Waiting) -> None:
@@ -242,8 +312,8 @@ def _withdraw(waiting: _Waiting) -> None:
         waiting.future.cancel()
 
 
-def _is_new(verdict: object) -> bool:
-    return isinstance(verdict, Accepted) and not verdict.replayed
+def _nothing_accepted(batch: Sequence[_Waiting]) -> dict[int, datetime | None]:
+    return dict.fromkeys(waiting.order.shop.account_id for waiting in batch)
 
 
 def _ours(verdict: Accepted | Exception, order: Order) -> Accepted | Exception:
@@ -278,7 +348,7 @@ async def decide_batch(
     locked = await lock_accounts(tx, {order.shop.account_id for order in orders}, wait_seconds=wait_seconds)
     ours = [order for order in orders if order.shop.account_id in locked]
     existing = await find_by_external_ids(tx, {(order.shop.id, order.external_id) for order in ours}) if ours else {}
-    accepted: list[NewPayout] = []
+    accepted: list[tuple[NewPayout, Entry]] = []
     verdicts: list[Verdict | None] = []
     for order in orders:
         account = locked.get(order.shop.account_id)
@@ -292,7 +362,10 @@ async def decide_batch(
 
 
 def _decide(
-    order: Order, locked: LockedAccount, existing: dict[tuple[UUID, str], Payout], accepted: list[NewPayout]
+    order: Order,
+    locked: LockedAccount,
+    existing: dict[tuple[UUID, str], Payout],
+    accepted: list[tuple[NewPayout, Entry]],
 ) -> Verdict:
     """One order, after those before it: `existing` and the account already know them."""
     objection = locked.objection(order.shop.code)
@@ -309,9 +382,9 @@ def _decide(
         return InsufficientBalance(
             render_amount(order.amount_minor, exponent), render_amount(account.spendable_minor, exponent)
         )
-    payout = _new_payout(order, locked)
+    payout = _new_payout(order, locked.locked_at)
     existing[order.shop.id, order.external_id] = payout
-    accepted.append(_stored(order, account.append(EntryKind.HOLD, order.amount_minor)))
+    accepted.append((order.stored(), account.append(EntryKind.HOLD, order.amount_minor)))
     return Accepted(payout, replayed=False)
 
 
@@ -326,7 +399,7 @@ def _differing_fields(order: Order, payout: Payout) -> list[str]:
     return [name for name, (ours, stored) in pairs.items() if ours != stored]
 
 
-def _new_payout(order: Order, locked: LockedAccount) -> Payout:
+def _new_payout(order: Order, accepted_at: datetime) -> Payout:
     return Payout(
         id=order.id,
         shop_id=order.shop.id,
@@ -341,29 +414,8 @@ def _new_payout(order: Order, locked: LockedAccount) -> Payout:
         state=State.QUEUED,
         failure_code=None,
         provider_reference=None,
-        created_at=locked.locked_at,
-        updated_at=locked.locked_at,
+        created_at=accepted_at,
+        updated_at=accepted_at,
         finalized_at=None,
         expires_at=order.expires_at,
-    )
-
-
-def _stored(order: Order, hold: Entry) -> NewPayout:
-    return NewPayout(
-        id=order.id,
-        shop_id=order.shop.id,
-        account_id=order.shop.account_id,
-        external_id=order.external_id,
-        amount_minor=order.amount_minor,
-        currency=order.shop.currency,
-        recipient_sealed=order.recipient_sealed,
-        recipient_masked=order.recipient_masked,
-        recipient_digest=order.recipient_digest,
-        payment_data_digest=order.payment_data_digest,
-        callback_url=order.callback_url,
-        details=order.details_json,
-        rail=order.shop.rail,
-        expires_at=order.expires_at,
-        traceparent=order.traceparent,
-        hold=hold,
     )

@@ -94,6 +94,16 @@ async def database_url(server: Server, template: str) -> AsyncIterator[str]:
 
 
 @pytest.fixture
+async def superuser(server: Server, database_url: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    """A connection to the test's database that may see and end everybody's sessions."""
+    database = make_url(database_url).database
+    url = make_url(server.admin_url).set(database=database).render_as_string(hide_password=False)
+    connection = await asyncpg.connect(url)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
 async def make_cluster() -> AsyncIterator[MakeCluster]:
     """Makes servers of this test's own, migrated, to be killed at will: `cluster = await make_cluster(durable=True)`.
 

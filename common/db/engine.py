@@ -120,6 +120,11 @@ async def in_transaction(engine: Engine, work: Callable[[Tx], Awaitable[_T]], at
     raise AssertionError("unreachable: the loop returns or raises")
 
 
+def each_alone(engine: Engine) -> Engine:
+    """The same pool, where each statement is a transaction of its own: one round trip, for work that is one statement."""
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
+
+
 async def find_room(tx: Tx) -> int:
     """How many connections all our processes may have together: what is reserved for superusers is left out."""
     row = await tx.execute(

@@ -1,4 +1,4 @@
-"""Payouts: how they come to be, how they move, how they are found.
+"""Payouts: how they move, how they are found. How they come to be is in `accepting`.
 
 A payout and the entry that holds or resolves its money are always written by one statement: the schema's checks run at the
 end of a statement and see both halves.
@@ -42,28 +42,6 @@ class Payout:
     expires_at: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class NewPayout:
-    """Everything that is stored of an accepted payout, and the entry that holds its money."""
-
-    id: UUID
-    shop_id: UUID
-    account_id: int
-    external_id: str
-    amount_minor: int
-    currency: str
-    recipient_sealed: bytes
-    recipient_masked: str
-    recipient_digest: bytes
-    payment_data_digest: bytes | None
-    callback_url: str | None
-    details: str | None
-    rail: str
-    expires_at: datetime | None
-    traceparent: str | None
-    hold: Entry
-
-
 _SHOWN = tuple(payouts.c[name] for name in Payout.__dataclass_fields__)
 
 # LATERAL with LIMIT: one index probe per id, also on a table that nobody has analysed.
@@ -74,35 +52,6 @@ _FIND_BY_EXTERNAL_IDS = text(
      CROSS JOIN LATERAL (
        SELECT {", ".join(column.name for column in _SHOWN)} FROM payouts
         WHERE payouts.shop_id = wanted.shop_id AND payouts.external_id = wanted.external_id LIMIT 1) p
-    """
-)
-
-_APPEND_ACCEPTED = text(
-    """
-    WITH accepted AS (
-      SELECT * FROM unnest(
-        CAST(:id AS uuid[]), CAST(:shop_id AS uuid[]), CAST(:account_id AS bigint[]), CAST(:external_id AS text[]),
-        CAST(:amount_minor AS bigint[]), CAST(:currency AS text[]), CAST(:recipient_sealed AS bytea[]),
-        CAST(:recipient_masked AS text[]), CAST(:recipient_digest AS bytea[]), CAST(:payment_data_digest AS bytea[]),
-        CAST(:callback_url AS text[]), CAST(:details AS text[]), CAST(:rail AS text[]),
-        CAST(:expires_at AS timestamptz[]), CAST(:traceparent AS text[]), CAST(:seq AS bigint[]),
-        CAST(:posted_after_minor AS bigint[]), CAST(:held_after_minor AS bigint[]))
-      AS a (id, shop_id, account_id, external_id, amount_minor, currency, recipient_sealed, recipient_masked,
-            recipient_digest, payment_data_digest, callback_url, details, rail, expires_at, traceparent, seq,
-            posted_after_minor, held_after_minor)),
-    due AS (
-      INSERT INTO payout_due (payout_id, shop_id, rail, expires_at) SELECT id, shop_id, rail, expires_at FROM accepted),
-    holds AS (
-      INSERT INTO entries (account_id, seq, shop_id, kind, contra, amount_minor, posted_delta_minor, held_delta_minor,
-                           posted_after_minor, held_after_minor, payout_id)
-      SELECT account_id, seq, shop_id, 'hold', 'holds', amount_minor, 0, amount_minor,
-             posted_after_minor, held_after_minor, id FROM accepted)
-    INSERT INTO payouts (id, shop_id, account_id, external_id, amount_minor, currency, recipient_sealed,
-                         recipient_masked, recipient_digest, payment_data_digest, callback_url, details, expires_at,
-                         traceparent, hold_seq)
-    SELECT id, shop_id, account_id, external_id, amount_minor, currency, recipient_sealed, recipient_masked,
-           recipient_digest, payment_data_digest, callback_url, CAST(details AS jsonb), expires_at, traceparent,
-           seq FROM accepted
     """
 )
 
@@ -123,34 +72,6 @@ async def find_payout(tx: Tx, shop_id: UUID, external_id: str) -> Payout | None:
         await tx.execute(select(*_SHOWN).where(payouts.c.shop_id == shop_id, payouts.c.external_id == external_id))
     ).one_or_none()
     return None if row is None else _payout(row)
-
-
-async def append_accepted(tx: Tx, accepted: Sequence[NewPayout]) -> None:
-    """Payout, hold and obligation to settle: all of each, in one statement.
-
-    Locks: the caller holds the accounts, so no other create of these shops can come between.
-    """
-    columns = (
-        "id",
-        "shop_id",
-        "account_id",
-        "external_id",
-        "amount_minor",
-        "currency",
-        "recipient_sealed",
-        "recipient_masked",
-        "recipient_digest",
-        "payment_data_digest",
-        "callback_url",
-        "details",
-        "rail",
-        "expires_at",
-        "traceparent",
-    )
-    arrays: dict[str, list[Any]] = {name: [getattr(payout, name) for payout in accepted] for name in columns}
-    for name in ("seq", "posted_after_minor", "held_after_minor"):
-        arrays[name] = [getattr(payout.hold, name) for payout in accepted]
-    await tx.execute(_APPEND_ACCEPTED, arrays)
 
 
 def _payout(row: Row[Any]) -> Payout:

@@ -2,17 +2,13 @@
 
 from collections.abc import AsyncIterator
 
-import asyncpg
 import pytest
-from sqlalchemy.engine import make_url
 
 from common.db.engine import Engine
 from common.settings import Settings
 from tests.broker import Broker
-from tests.conftest import Server
 from tests.factories import engine, settings
 from tests.faults.amqp_proxy import AmqpProxy, amqp_proxy
-from tests.faults.locks import Superuser
 from tests.faults.scene import SHORT_LEASES, Scene, scene
 
 
@@ -42,13 +38,3 @@ async def proxy(broker: Broker) -> AsyncIterator[AmqpProxy]:
     """A way to the session's broker that can be hurt."""
     async with amqp_proxy(broker.url) as between:
         yield between
-
-
-@pytest.fixture
-async def superuser(server: Server, database_url: str) -> AsyncIterator[Superuser]:
-    """A connection to the test's database that may see and end everybody's sessions."""
-    database = make_url(database_url).database
-    url = make_url(server.admin_url).set(database=database).render_as_string(hide_password=False)
-    connection = await asyncpg.connect(url)
-    yield connection
-    await connection.close()

@@ -1,7 +1,7 @@
 """A network that fails on demand: a TCP proxy in front of PostgreSQL, which knows enough of the protocol to fail at COMMIT.
 
 Source: PostgreSQL, "Message Formats". asyncpg asks in the extended protocol, but for BEGIN, COMMIT and ROLLBACK, which
-are a simple Query.
+are a simple Query. A statement that writes outside of a transaction is its own COMMIT.
 """
 
 import asyncio
@@ -38,20 +38,25 @@ class _Link:
     client: asyncio.StreamWriter
     server: asyncio.StreamWriter | None = None
     writing_statements: set[bytes] = field(default_factory=set)
+    began: bool = False
     wrote: bool = False
     fault: CommitFault | None = None
     sent: list[bytes] = field(default_factory=list)
 
     def read(self, message: bytes) -> bool:
-        """Follow what the client asks for; True for the COMMIT of a transaction that has written."""
+        """Follow what the client asks for; True for the COMMIT of a transaction that has written, however it is said."""
         kind, content = message[:1], message[5:]
         if kind == b"P":
             name, query, *_ = content.split(b"\0")
             (self.writing_statements.add if _WRITES.search(query) else self.writing_statements.discard)(name)
         elif kind == b"B":
             _portal, name, *_ = content.split(b"\0", 2)
-            self.wrote = self.wrote or name in self.writing_statements
+            writes = name in self.writing_statements
+            if not self.began:
+                return writes
+            self.wrote = self.wrote or writes
         elif kind == b"Q":
+            self.began = content.startswith(b"BEGIN")
             wrote, self.wrote = self.wrote, False
             return wrote and content.startswith(b"COMMIT")
         return False

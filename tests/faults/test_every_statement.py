@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 
 from common.domain.ids import EVENT, render_id
-from gateway.accept import Accepted
+from gateway.accept import Accepted, Acceptor
 from tests.factories import fetch, order
 from tests.faults.outcome import assert_rail_agrees
 from tests.faults.proxy import CommitFault, Proxy, proxy
@@ -67,6 +67,29 @@ async def test_a_create_counts_once_wherever_its_connection_breaks(
         accepted += 1
 
     assert await break_everywhere(network, fault, create) >= 5
+    assert await working.count("payouts") == await working.count("entries", "kind = 'hold'") == accepted
+    assert await working.balance(merchant) == (100_000_000, accepted * 1000)
+    await assert_sound(working.owner)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_create_that_goes_through_the_gateway_s_line_counts_once_wherever_its_connection_breaks(
+    network: Proxy, working: Desk, fault: CommitFault
+) -> None:
+    merchant = await working.merchant()
+    running = Acceptor(
+        working.gateway, committers=1, busy_committers=1, busy_seconds_max=1, batch_max=1, queue_max=1, wait_seconds=10
+    )
+    await running.accept(order(working.settings, merchant.shop))
+    accepted = 1
+
+    async def create(arm: Arm) -> None:
+        nonlocal accepted
+        arm()
+        assert not (await running.accept(order(working.settings, merchant.shop))).replayed
+        accepted += 1
+
+    assert await break_everywhere(network, fault, create) >= 1
     assert await working.count("payouts") == await working.count("entries", "kind = 'hold'") == accepted
     assert await working.balance(merchant) == (100_000_000, accepted * 1000)
     await assert_sound(working.owner)

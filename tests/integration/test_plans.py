@@ -7,7 +7,7 @@ import asyncio
 import json
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +18,7 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import CursorResult, event, text
 
+from common.db.accepting import accept_unopposed
 from common.db.ages import find_ages
 from common.db.callbacks import (
     Again,
@@ -57,9 +58,9 @@ from common.db.resolutions import count_doubts, list_waiting
 from common.db.sealed import COLUMNS, SealedValue, count_sealed, find_sealed_otherwise, save_sealed_anew
 from common.db.stuck import TooOld, find_stuck
 from common.db.webhook_secrets import find_webhook_secrets
-from gateway.accept import Accepted, Order, decide_batch
+from gateway.accept import Order, decide_batch
 from tests.conftest import Server
-from tests.factories import Merchant, engine, execute, fetch, new_payin, order
+from tests.factories import Merchant, engine, execute, fetch, new_payin, order, settings
 from tests.flows import LOCK_WAIT_SECONDS, Desk, cloned, desk, forge, take_callbacks
 from worker.callbacks.recording import Ended as Delivered
 from worker.callbacks.recording import record_attempts
@@ -276,7 +277,23 @@ async def _read_all(stream: Any, tx: Tx, crowd: Crowd) -> None:
 
 FIRST_SHOP = UUID(int=0)
 
+# Both ways of accepting what nothing speaks against.
+_ACCEPT: dict[str, Callable[[Tx, Sequence[Order]], Awaitable[Any]]] = {
+    "unopposed": lambda tx, orders: accept_unopposed(
+        tx, [item.stored() for item in orders], wait_seconds=LOCK_WAIT_SECONDS
+    ),
+    "careful": lambda tx, orders: decide_batch(tx, orders, wait_seconds=LOCK_WAIT_SECONDS),
+}
+_EACH_WAY = pytest.mark.parametrize("way", _ACCEPT)
+
+
+def _accept_unopposed(crowd: Crowd, count: int) -> Callable[[Tx], Awaitable[Any]]:
+    return lambda tx: _ACCEPT["unopposed"](tx, [order(settings(crowd.url), crowd.merchant.shop) for _ in range(count)])
+
+
 HOT: dict[str, tuple[str, Work]] = {
+    "accept_unopposed": (GATEWAY, lambda crowd: _accept_unopposed(crowd, BATCH)),
+    "accept_unopposed of one": (GATEWAY, lambda crowd: _accept_unopposed(crowd, 1)),
     "find_by_external_ids": (GATEWAY, lambda crowd: lambda tx: find_by_external_ids(tx, crowd.external_ids)),
     "find_by_external_ids of one": (GATEWAY, lambda crowd: lambda tx: find_by_external_ids(tx, crowd.external_ids[:1])),
     "find_api_keys": (GATEWAY, lambda crowd: lambda tx: find_api_keys(tx, [crowd.merchant.api_key, "nobody's"])),
@@ -413,13 +430,14 @@ async def _scanned(tx: Tx) -> dict[str, int]:
     return {row.relname: row.seq_scan for row in scans}
 
 
-async def test_accepting_a_batch_scans_nothing(crowd: Crowd) -> None:
+@_EACH_WAY
+async def test_accepting_a_batch_scans_nothing(crowd: Crowd, way: str) -> None:
     """The guards' statements run inside functions, where EXPLAIN does not look: so it is counted what was read."""
     async with desk(crowd.url) as working, working.gateway.connect() as tx:
         orders = [order(working.settings, crowd.merchant.shop) for _ in range(BATCH)]
-        verdicts = await decide_batch(tx, orders, wait_seconds=LOCK_WAIT_SECONDS)
-        assert all(isinstance(verdict, Accepted) for verdict in verdicts)
+        await _ACCEPT[way](tx, orders)
         assert await _scanned(tx) == {}
+        assert await tx.scalar(text("SELECT count(*) FROM payouts WHERE created_at = now()")) == BATCH
 
 
 @pytest.mark.parametrize("outcome", [Outcome.PAID, Outcome.DECLINED, Outcome.SUBMITTED])
@@ -437,12 +455,13 @@ async def test_claiming_and_recording_a_batch_scans_nothing(crowd: Crowd, outcom
         assert await _scanned(tx) == {}
 
 
-async def test_what_a_batch_reads_does_not_depend_on_how_much_there_is(crowd: Crowd) -> None:
+@_EACH_WAY
+async def test_what_a_batch_reads_does_not_depend_on_how_much_there_is(crowd: Crowd, way: str) -> None:
     """By index is not enough: an index can be read from one end to the other as well."""
     async with desk(crowd.url) as working:
         async with working.gateway.connect() as tx:
             orders = [order(working.settings, crowd.merchant.shop) for _ in range(BATCH)]
-            await decide_batch(tx, orders, wait_seconds=LOCK_WAIT_SECONDS)
+            await _ACCEPT[way](tx, orders)
             await _assert_read_few(tx)
         async with working.worker.connect() as tx:
             _, calls = await claim_calls(
@@ -455,7 +474,10 @@ async def test_what_a_batch_reads_does_not_depend_on_how_much_there_is(crowd: Cr
             await _assert_read_few(tx)
 
 
-async def test_sessions_that_began_on_an_empty_database_read_no_more_when_there_is_much(database_url: str) -> None:
+@_EACH_WAY
+async def test_sessions_that_began_on_an_empty_database_read_no_more_when_there_is_much(
+    database_url: str, way: str
+) -> None:
     """What they planned then is what they do now, in functions even where every statement of ours is planned anew.
 
     A table of a few pages may well be read whole, once for a batch; not once for each payout of it.
@@ -472,7 +494,7 @@ async def test_sessions_that_began_on_an_empty_database_read_no_more_when_there_
             for tx in (accepting, settling, telling):
                 await _end_counting(tx)
             orders = [order(working.settings, shop, callback_url="http://127.0.0.1:9/") for _ in range(BATCH)]
-            await decide_batch(accepting, orders, wait_seconds=LOCK_WAIT_SECONDS)
+            await _ACCEPT[way](accepting, orders)
             accepted = await _rows_read(accepting)
             await accepting.commit()
             _, calls = await claim_calls(
@@ -494,9 +516,10 @@ async def test_sessions_that_began_on_an_empty_database_read_no_more_when_there_
                 assert max(read.values()) <= 50 * BATCH, read
 
 
+@_EACH_WAY
 @pytest.mark.parametrize("shops", [1, BATCH])
 async def test_tables_that_were_nearly_empty_when_they_were_looked_at_are_not_read_from_end_to_end(
-    server: Server, database_url: str, shops: int
+    server: Server, database_url: str, shops: int, way: str
 ) -> None:
     """What has come since is unknown to the planner, to which reading a row or two costs as much as a look-up."""
     async with desk(database_url) as working:
@@ -512,7 +535,7 @@ async def test_tables_that_were_nearly_empty_when_they_were_looked_at_are_not_re
         )
         async with working.gateway.connect() as tx:
             await _end_counting(tx)
-            await decide_batch(tx, orders, wait_seconds=LOCK_WAIT_SECONDS)
+            await _ACCEPT[way](tx, orders)
             await _assert_read_few(tx)
             await tx.commit()
         for payout_ids in (None, [item.id for item in orders]):
