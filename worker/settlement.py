@@ -45,6 +45,8 @@ _FIRST_SHOP: Final = UUID(int=0)
 _RECORD_BATCH_MAX: Final = 128
 _RECORD_ATTEMPTS_MAX: Final = 5
 _RECORD_PAUSE_SECONDS: Final = 0.2
+# How long answers of several shops wait for their accounts: longer than any transaction of ours holds them.
+_TURN_SECONDS: Final = 0.05
 # How long a shop that is behind waits for its account before others get the connection.
 _BUSY_TURN_SECONDS: Final = 0.2
 # Between two looks for what rails have said, when there was nothing.
@@ -99,7 +101,7 @@ class Settler:
         self._calls: set[asyncio.Task[None]] = set()
         self._calls_by_shop: defaultdict[str, Counter[UUID]] = defaultdict(Counter)
         self._next_shop: defaultdict[str, UUID] = defaultdict(lambda: _FIRST_SHOP)
-        self._records: Batcher[Ended, bool] = Batcher(self._record, batch_max=_RECORD_BATCH_MAX)
+        self._records: Batcher[Ended, bool] = Batcher(self._record_in_turn, batch_max=_RECORD_BATCH_MAX)
         # Of shops that are behind; gone when nobody waits on them.
         self._busy_records: WeakValueDictionary[UUID, Batcher[Ended, bool]] = WeakValueDictionary()
         self._busy_slots = asyncio.Semaphore(max(1, settings.database_pool_max // 3))
@@ -316,8 +318,15 @@ class Settler:
                     ended.call.payout.shop_id, Batcher(self._record_busy, batch_max=_RECORD_BATCH_MAX)
                 )
 
-    async def _record(self, ended: Sequence[Ended], wait_seconds: float = 0.0) -> list[bool]:
-        """Record what can be recorded now; False where the account is somebody else's at the moment."""
+    async def _record_in_turn(self, ended: Sequence[Ended]) -> list[bool]:
+        try:
+            return await self._record(ended, _TURN_SECONDS)
+        except AccountBusy:
+            # One account is held for longer. Without waiting the others pass, and it is known which one it is.
+            return await self._record(ended, 0)
+
+    async def _record(self, ended: Sequence[Ended], wait_seconds: float) -> list[bool]:
+        """Record what can be recorded; with `wait_seconds` 0, False where the account is somebody else's at the moment."""
         recorded = await in_transaction(
             self._engine,
             lambda tx: record_answers(tx, ended, wait_seconds=wait_seconds),

@@ -100,24 +100,34 @@ async def close_engine(engine: Engine) -> None:
 async def in_transaction(engine: Engine, work: Callable[[Tx], Awaitable[_T]], attempts_max: int = ATTEMPTS_MAX) -> _T:
     """Commit what `work` returns, roll back what it raises. READ COMMITTED.
 
-    Repeat: the whole of `work`, with jitter, after a serialization failure, a deadlock or a lost connection, at most
-    `attempts_max` times. A connection lost during COMMIT leaves the outcome unknown, so `work` must be written for that:
-    a row under its lock tells whether the first time counted.
+    Repeat: the whole of `work`, once at once and then with jitter, after a serialization failure, a deadlock or a lost
+    connection, at most `attempts_max` times. A connection lost during COMMIT leaves the outcome unknown, so `work` must be
+    written for that: a row under its lock tells whether the first time counted.
     Raises: `DatabaseUnavailable`, `DatabaseSlow`, `AccountBusy` when a lock was not to be had, and what `work` raises.
     """
+    try:
+        # Nearly always this is all; to prepare for repeating it would cost a fifth of a short transaction.
+        return await _try(engine, work)
+    except Exception as error:
+        if attempts_max == 1 or not _worth_repeating(error):
+            raise
     async for attempt in AsyncRetrying(
-        stop=stop_after_attempt(attempts_max),
+        stop=stop_after_attempt(attempts_max - 1),
         wait=wait_random_exponential(multiplier=0.02, max=0.5),
         retry=retry_if_exception(_worth_repeating),
         reraise=True,
     ):
         with attempt:
-            try:
-                async with engine.begin() as tx:
-                    return await work(tx)
-            except (DBAPIError, PoolTimeout, OSError, TimeoutError) as error:
-                raise _translate(error) from error
+            return await _try(engine, work)
     raise AssertionError("unreachable: the loop returns or raises")
+
+
+async def _try(engine: Engine, work: Callable[[Tx], Awaitable[_T]]) -> _T:
+    try:
+        async with engine.begin() as tx:
+            return await work(tx)
+    except (DBAPIError, PoolTimeout, OSError, TimeoutError) as error:
+        raise _translate(error) from error
 
 
 def each_alone(engine: Engine) -> Engine:
