@@ -48,7 +48,8 @@ class ToldCallback:
     deliveries: Sequence[Delivery]
 
 
-# From the events, whose indexes on payout and payin have their sequence.
+# From the events, whose indexes on payout and payin have their sequence. What is not distinct cannot be looked up, so that no
+# index is gone through for a shop alone, as if planned while there was nothing.
 _FIND_CALLBACKS, _FIND_PAYIN_CALLBACKS = (
     text(
         f"""
@@ -58,9 +59,11 @@ _FIND_CALLBACKS, _FIND_PAYIN_CALLBACKS = (
                         WHERE a.event_id = c.event_id AND a.shop_id = c.shop_id
                           AND a.started_at > now() - interval '1 second') AS called_lately
           FROM events e
-          JOIN callbacks c ON c.event_id = e.id AND c.shop_id = e.shop_id
+         CROSS JOIN LATERAL (
+           SELECT event_id, shop_id, url, state, created_at, finished_at FROM callbacks
+            WHERE event_id = e.id AND shop_id IS NOT DISTINCT FROM e.shop_id LIMIT 1) c
           LEFT JOIN callback_due d ON d.event_id = c.event_id AND d.shop_id = c.shop_id
-         WHERE e.{subject} = :subject_id AND e.shop_id = :shop_id
+         WHERE e.{subject} = :subject_id AND e.shop_id IS NOT DISTINCT FROM :shop_id
          ORDER BY e.sequence
         """
     )

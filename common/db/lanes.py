@@ -124,6 +124,9 @@ _LOCK_SHARES, _LOCK_FREE_SHARES = text(_SHARES_OF_LANES), text(f"{_SHARES_OF_LAN
 # each, and so on, first the lane from which none was taken for longest, while there is room: the lane's own, its merchant's,
 # and the worker's for what is slow and for what failed before. Each is counted among those that had room so far: what has none
 # takes none away. What a lane has earned above the unknown is its own; the rest is shared by the lanes of its merchant.
+#
+# Callbacks and events are found by their ids alone: what is not distinct cannot be looked up, and a range is worth its order.
+# While there is nothing, a session might as well choose to go through an index for the shop, and would keep to it.
 _CLAIM = text(
     """
     WITH wanted AS (
@@ -188,8 +191,11 @@ _CLAIM = text(
       FROM wanted LEFT JOIN leased r ON r.lane_id = wanted.lane_id
       LEFT JOIN LATERAL (
         SELECT c.url, c.payout_id, c.payin_id, c.traceparent FROM callbacks c
-         WHERE c.event_id = r.event_id AND c.shop_id = r.shop_id LIMIT 1) c ON true
-      LEFT JOIN LATERAL (SELECT e.body FROM events e WHERE e.id = r.event_id AND e.shop_id = r.shop_id LIMIT 1) e ON true
+         WHERE c.event_id = r.event_id AND c.shop_id IS NOT DISTINCT FROM r.shop_id LIMIT 1) c ON true
+      LEFT JOIN LATERAL (
+        SELECT e.body FROM events e
+         WHERE e.id BETWEEN r.event_id AND r.event_id AND e.shop_id IS NOT DISTINCT FROM r.shop_id
+         ORDER BY e.id LIMIT 1) e ON true
       LEFT JOIN LATERAL (SELECT s.callback_http, s.callback_ports FROM shops s WHERE s.id = r.shop_id LIMIT 1) s ON true
     """
 )

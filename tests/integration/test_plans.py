@@ -6,6 +6,7 @@ A statement is taken on its way to the driver, so that what is explained is what
 import asyncio
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ from time import time
 from typing import Any
 from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
 from sqlalchemy import CursorResult, event, text
+from sqlalchemy.engine import make_url
 
 from common.db.accepting import accept_unopposed
 from common.db.ages import find_ages
@@ -218,23 +221,31 @@ def _statements(pool: Engine) -> Iterator[list[tuple[str, Any]]]:
         event.remove(pool.sync_engine, "before_cursor_execute", note)
 
 
-async def _plans(url: str, role: str, work: Callable[[Tx], Awaitable[Any]]) -> list[dict[str, Any]]:
-    """The plans of all statements of some work, each as it was sent."""
-    pool = engine(url, role=role)
+async def _plans(
+    url: str, role: str, work: Callable[[Tx], Awaitable[Any]], *, elsewhere: str | None = None
+) -> list[dict[str, Any]]:
+    """The plans of all statements of some work, each as it was sent; with `elsewhere`, as they would be in that database."""
+    pool, other = engine(url, role=role), engine(elsewhere or url, role=role)
     try:
         async with pool.connect() as tx:
             with _statements(pool) as sent:
                 await work(tx)
             assert sent
-            plans: list[dict[str, Any]] = []
-            generic = await tx.scalar(text("SHOW plan_cache_mode")) == "force_generic_plan"
-            for statement, parameters in sent:
-                explain = _explain_generic if generic else _explain
-                plan = (await explain(tx, statement, parameters)).scalar_one()
-                plans += plan if isinstance(plan, list) else json.loads(plan)
-            return [item["Plan"] for item in plans]
+        async with other.connect() as tx:
+            return await _explain_all(tx, sent)
     finally:
         await pool.dispose()
+        await other.dispose()
+
+
+async def _explain_all(tx: Tx, sent: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
+    plans: list[dict[str, Any]] = []
+    generic = await tx.scalar(text("SHOW plan_cache_mode")) == "force_generic_plan"
+    for statement, parameters in sent:
+        explain = _explain_generic if generic else _explain
+        plan = (await explain(tx, statement, parameters)).scalar_one()
+        plans += plan if isinstance(plan, list) else json.loads(plan)
+    return [item["Plan"] for item in plans]
 
 
 async def _explain(tx: Tx, statement: str, parameters: Any) -> CursorResult[Any]:
@@ -393,6 +404,48 @@ async def test_goes_by_index(crowd: Crowd, name: str) -> None:
         assert scanned & set(WATCHED) == set()
     if name in INDEXES:
         assert {index for index in indexes if "_due_" in index} == INDEXES[name]
+
+
+@pytest.fixture(scope="module")
+def empty(server: Server, template: str) -> Iterator[str]:
+    """A database of which the planner knows that there is nothing in it."""
+    cloning = cloned(server, template)
+
+    async def build() -> str:
+        url = await cloning.__aenter__()
+        database = make_url(server.admin_url).set(database=make_url(url).database)
+        admin = await asyncpg.connect(database.render_as_string(hide_password=False))
+        await admin.execute("VACUUM (ANALYZE)")
+        await admin.close()
+        return url
+
+    with asyncio.Runner() as runner:
+        yield runner.run(build())
+        runner.run(cloning.__aexit__(None, None, None))
+
+
+PLANNED_ONCE = (GATEWAY, WORKER, SEALER)
+
+
+@pytest.mark.parametrize("name", [name for name, (role, _) in HOT.items() if role in PLANNED_ONCE])
+async def test_an_index_is_entered_by_its_first_column_though_the_table_was_empty(
+    crowd: Crowd, empty: str, name: str
+) -> None:
+    """Any way through nothing costs nothing; but a session keeps to the way that it has chosen when there is much."""
+    role, work = HOT[name]
+    async with desk(empty) as working:
+        firsts = {
+            row.name: row.first
+            for row in await fetch(
+                working.owner,
+                "SELECT indexrelid::regclass::text AS name, pg_get_indexdef(indexrelid, 1, true) AS first FROM pg_index",
+            )
+        }
+    for plan in await _plans(crowd.url, role, work(crowd), elsewhere=empty):
+        for node in _nodes(plan):
+            if node.get("Relation Name") in WATCHED and "Index Cond" in node:
+                entered = re.findall(r"\w+", node["Index Cond"])
+                assert firsts[node["Index Name"]] in entered, (node["Index Name"], node["Index Cond"])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
