@@ -2,8 +2,11 @@
 
 Where nothing speaks against any of an account's orders, one statement accepts them, and is the whole transaction. The others
 take the careful way, `decide_batch`: lock the accounts, read which ids exist already, decide in arrival order and write only
-what was accepted. Both are written to be repeated: a row with our own id is ours, so when COMMIT's answer is lost, running the
-batch again tells what happened (the account's lock makes it wait for the first try to end).
+what was accepted. It is also what tells when nobody heard what became of a transaction: a row with our own id is ours, and the
+account's lock makes it wait for the first try to end.
+
+A first try that is one statement may not even have begun, and come late; so it accepts nothing after a moment on the
+database's clock, and nobody is told anything about its orders before that moment has passed.
 """
 
 import asyncio
@@ -11,7 +14,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any, Final
 from uuid import UUID
@@ -29,6 +32,7 @@ from common.domain.payout import State
 from common.errors import (
     AccountBusy,
     DatabaseSlow,
+    DatabaseUnavailable,
     ExternalIdReused,
     FieldError,
     InsufficientBalance,
@@ -40,10 +44,13 @@ from common.errors import (
 from common.log import LogEvent, get_logger
 
 _ATTEMPTS_MAX: Final = 3
-# How long a batch of several shops waits for its accounts: longer than any transaction of ours holds them.
+# How long a batch of several shops waits for an account: longer than our transactions hold one, as a rule.
 _TURN_SECONDS: Final = 0.05
 # How long a shop that is behind waits for its account before others get the committer.
 _BUSY_TURN_SECONDS: Final = 0.2
+# For how long a statement that is on its way may still accept; and how much later, however clocks go, it certainly does not.
+_UNTIL_SECONDS: Final = 0.5
+_CERTAIN_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +141,7 @@ class Acceptor:
         self._tell = tell
         self._batch_max = batch_max
         self._queue_max = queue_max
+        self._clock = _ServerClock()
         self._wait_seconds = wait_seconds
         self._deadlines = Deadlines(wait_seconds, _withdraw)
         self._lines = [_Line() for _ in range(committers)]
@@ -186,7 +194,7 @@ class Acceptor:
 
     async def _run_line(self, line: "_Line") -> None:
         try:
-            while batch := self._take(line):
+            while batch := self._take_shared(line):
                 if busy := await self._commit(batch, wait_seconds=_TURN_SECONDS):
                     # One account is held for longer. Without waiting the others pass, and it is known which one it is.
                     busy = await self._commit(busy, wait_seconds=0)
@@ -206,6 +214,16 @@ class Acceptor:
             else:
                 batch.append(waiting)
         return batch
+
+    def _take_shared(self, line: "_Line") -> list[_Waiting]:
+        """The same of a line of several shops, but for those that have a line of their own by now, and go there."""
+        while batch := self._take(line):
+            behind = [waiting for waiting in batch if waiting.order.shop.id in self._busy_lines]
+            for waiting in behind:
+                self._to_busy_line(waiting)
+            if len(behind) < len(batch):
+                return [waiting for waiting in batch if waiting.order.shop.id not in self._busy_lines]
+        return []
 
     def _to_busy_line(self, waiting: _Waiting) -> None:
         shop_id = waiting.order.shop.id
@@ -238,7 +256,7 @@ class Acceptor:
 
     async def _commit(self, batch: list[_Waiting], *, wait_seconds: float) -> list[_Waiting]:
         """Decide a batch and settle it; returns those whose account somebody else holds."""
-        verdicts = await self._decide(batch, wait_seconds)
+        verdicts = await self._find_verdicts(batch, wait_seconds)
         busy: list[_Waiting] = []
         new: list[Order] = []
         for waiting in batch:
@@ -253,14 +271,14 @@ class Acceptor:
         self._tell(new)
         return busy
 
-    async def _decide(self, batch: list[_Waiting], wait_seconds: float) -> dict[UUID, Verdict | Exception | None]:
+    async def _find_verdicts(
+        self, batch: list[_Waiting], wait_seconds: float
+    ) -> Mapping[UUID, Verdict | Exception | None]:
         """By the order's id its verdict, or the error that it met; None where somebody else holds the account."""
         try:
             accepted_at = await self._accept_unopposed(batch, wait_seconds)
         except (AccountBusy, DatabaseSlow) as error:
             return {waiting.order.id: error for waiting in batch}
-        except Exception:  # the careful way finds out what has happened, and which of them is at fault, if any is
-            accepted_at = _nothing_accepted(batch)
         verdicts: dict[UUID, Verdict | Exception | None] = {}
         opposed: list[_Waiting] = []
         for waiting in batch:
@@ -275,17 +293,37 @@ class Acceptor:
             verdicts |= await self._decide_carefully(opposed, wait_seconds)
         return verdicts
 
-    async def _accept_unopposed(self, batch: list[_Waiting], wait_seconds: float) -> dict[int, datetime | None]:
-        """As `accept_unopposed`; nothing if one might be withdrawn while its account is awaited, for nobody would notice."""
-        soon = monotonic() + 2 * wait_seconds
-        if wait_seconds and any(waiting.ends_at < soon for waiting in batch):
-            return _nothing_accepted(batch)
+    async def _accept_unopposed(self, batch: list[_Waiting], wait_seconds: float) -> Mapping[int, datetime | None]:
+        """When the orders of each account were accepted; None where the careful way has to decide, or to tell.
+
+        Nothing is accepted while it is not certain that it would be before one of them is withdrawn.
+        """
+        nothing = dict.fromkeys(waiting.order.shop.account_id for waiting in batch)
         wanted = [waiting.order.stored() for waiting in batch]
-        return await in_transaction(
-            self._engine_of_one,
-            lambda tx: accept_unopposed(tx, wanted, wait_seconds=wait_seconds),
-            attempts_max=1,
-        )
+        ends_at = min(waiting.ends_at for waiting in batch)
+        certain_at = 0.0
+
+        async def work(tx: Tx) -> Mapping[int, datetime | None]:
+            nonlocal certain_at
+            certain_at = monotonic() + _UNTIL_SECONDS + _CERTAIN_SECONDS
+            if ends_at < certain_at:
+                return nothing
+            until = self._clock.reads_in(_UNTIL_SECONDS)
+            found = await accept_unopposed(tx, wanted, wait_seconds=wait_seconds, until=until)
+            self._clock.set(found.told_at)
+            return found.accepted_at
+
+        try:
+            return await in_transaction(self._engine_of_one, work, attempts_max=1)
+        except (AccountBusy, DatabaseSlow):
+            raise
+        except DatabaseUnavailable:
+            # If it was sent, nobody knows what became of it.
+            await asyncio.sleep(certain_at - monotonic())
+        except Exception as error:
+            # It is undone. The careful way finds out whose fault it was.
+            _log_failure(error, None)
+        return nothing
 
     async def _decide_carefully(
         self, batch: list[_Waiting], wait_seconds: float
@@ -312,21 +350,40 @@ def _withdraw(waiting: _Waiting) -> None:
         waiting.future.cancel()
 
 
-def _nothing_accepted(batch: Sequence[_Waiting]) -> dict[int, datetime | None]:
-    return dict.fromkeys(waiting.order.shop.account_id for waiting in batch)
-
-
 def _ours(verdict: Accepted | Exception, order: Order) -> Accepted | Exception:
     """What the caller may see: errors of ours as they are, any other only as `InvariantViolated`, and in the log."""
     if isinstance(verdict, Accepted | PayoutsError):
         return verdict
+    _log_failure(verdict, order)
+    return InvariantViolated()
+
+
+def _log_failure(error: Exception, order: Order | None) -> None:
     get_logger().error(
         LogEvent.ACCEPT_BATCH_FAILED,
-        payout_id=str(order.id),
-        error=type(verdict).__name__,
-        constraint=constraint_name(verdict),
+        payout_id=None if order is None else str(order.id),
+        error=type(error).__name__,
+        constraint=constraint_name(error),
     )
-    return InvariantViolated()
+
+
+class _ServerClock:
+    """The database's clock as it was read last, and the time that has passed since: never more than it shows."""
+
+    def __init__(self) -> None:
+        self._read: tuple[datetime, float] | None = None
+
+    def set(self, told_at: datetime | None) -> None:
+        """It has just been read."""
+        if told_at is not None:
+            self._read = told_at, monotonic()
+
+    def reads_in(self, seconds: float) -> datetime | None:
+        """What it will have reached by then; None while it was never read."""
+        if self._read is None:
+            return None
+        told_at, read_at = self._read
+        return told_at + timedelta(seconds=monotonic() - read_at + seconds)
 
 
 @dataclass(slots=True)
@@ -368,13 +425,15 @@ def _decide(
     accepted: list[tuple[NewPayout, Entry]],
 ) -> Verdict:
     """One order, after those before it: `existing` and the account already know them."""
+    payout = existing.get((order.shop.id, order.external_id))
+    if payout is not None and payout.id == order.id:
+        return Accepted(payout, replayed=False)
     objection = locked.objection(order.shop.code)
     if objection is not None:
         return objection
-    payout = existing.get((order.shop.id, order.external_id))
     if payout is not None:
         differing = _differing_fields(order, payout)
-        return ExternalIdReused(differing) if differing else Accepted(payout, replayed=payout.id != order.id)
+        return ExternalIdReused(differing) if differing else Accepted(payout, replayed=True)
     if order.expires_at is not None and order.expires_at <= locked.locked_at:
         return InvalidRequest(FieldError("expires_at", "expires_at must be a time in the future"))
     account, exponent = locked.account, order.shop.currency_exponent

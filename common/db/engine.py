@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from random import uniform
 from typing import Any, Final, TypeVar
 from urllib.parse import urlencode
 
@@ -42,6 +43,8 @@ _READER: Final = "payouts_readonly"
 # How much longer than the server ourselves wait for a statement: for a server that no longer answers at all.
 _CLIENT_PATIENCE_SECONDS: Final = 5.0
 _CLOSE_SECONDS: Final = 2.0
+# Between two tries of a transaction, at random up to this; more from try to try.
+_FIRST_PAUSE_SECONDS: Final = 0.02
 
 ATTEMPTS_MAX: Final = 5
 # Where somebody waits for an answer that asking again later would give as well.
@@ -100,7 +103,7 @@ async def close_engine(engine: Engine) -> None:
 async def in_transaction(engine: Engine, work: Callable[[Tx], Awaitable[_T]], attempts_max: int = ATTEMPTS_MAX) -> _T:
     """Commit what `work` returns, roll back what it raises. READ COMMITTED.
 
-    Repeat: the whole of `work`, once at once and then with jitter, after a serialization failure, a deadlock or a lost
+    Repeat: the whole of `work`, with jitter, after a serialization failure, a deadlock or a lost
     connection, at most `attempts_max` times. A connection lost during COMMIT leaves the outcome unknown, so `work` must be
     written for that: a row under its lock tells whether the first time counted.
     Raises: `DatabaseUnavailable`, `DatabaseSlow`, `AccountBusy` when a lock was not to be had, and what `work` raises.
@@ -111,9 +114,10 @@ async def in_transaction(engine: Engine, work: Callable[[Tx], Awaitable[_T]], at
     except Exception as error:
         if attempts_max == 1 or not _worth_repeating(error):
             raise
+    await asyncio.sleep(uniform(0, _FIRST_PAUSE_SECONDS))  # noqa: S311 no secret
     async for attempt in AsyncRetrying(
         stop=stop_after_attempt(attempts_max - 1),
-        wait=wait_random_exponential(multiplier=0.02, max=0.5),
+        wait=wait_random_exponential(multiplier=_FIRST_PAUSE_SECONDS, max=0.5),
         retry=retry_if_exception(_worth_repeating),
         reraise=True,
     ):
@@ -131,7 +135,10 @@ async def _try(engine: Engine, work: Callable[[Tx], Awaitable[_T]]) -> _T:
 
 
 def each_alone(engine: Engine) -> Engine:
-    """The same pool, where each statement is a transaction of its own: one round trip, for work that is one statement."""
+    """The same pool, where each statement is a transaction of its own, in one round trip.
+
+    Only for work that is one statement: `in_transaction` has nothing to roll back there.
+    """
     return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 

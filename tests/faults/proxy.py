@@ -19,7 +19,7 @@ from tests.stack import eventually, free_port
 
 _PROTOCOL_3: Final = 3
 # Our SQL has its words in capitals and its names in small letters, so that FOR UPDATE is none of these.
-_WRITES: Final = re.compile(rb"\b(INSERT INTO|UPDATE|DELETE FROM) [a-z]")
+_WRITES: Final = re.compile(rb"\b(INSERT INTO|UPDATE|DELETE FROM) [a-z]|\baccept_unopposed\(")
 
 
 class CommitFault(Enum):

@@ -7,25 +7,30 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy.exc import IntegrityError
 
 from common.db.accepting import accept_unopposed
 from common.db.engine import each_alone, in_transaction
 from common.errors import AccountBusy
 from gateway.accept import Order
-from tests.factories import Merchant, execute, fetch, order
+from tests.factories import Merchant, engine, execute, fetch, order
 from tests.faults.locks import Superuser, locked, until_waiting
 from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound
 
 NOW = datetime.now(UTC)
+LATER = NOW + timedelta(hours=1)
 FUNDS_MINOR = 100_000_000
 
 
-async def accept(floor: Desk, orders: Sequence[Order], *, wait_seconds: float = 0) -> dict[int, datetime | None]:
+async def accept(
+    floor: Desk, orders: Sequence[Order], *, wait_seconds: float = 0, until: datetime | None = LATER
+) -> dict[int, datetime | None]:
     wanted = [item.stored() for item in orders]
-    return await in_transaction(
-        each_alone(floor.gateway), lambda tx: accept_unopposed(tx, wanted, wait_seconds=wait_seconds), attempts_max=1
+    found = await in_transaction(
+        each_alone(floor.gateway),
+        lambda tx: accept_unopposed(tx, wanted, wait_seconds=wait_seconds, until=until),
+        attempts_max=1,
     )
+    return found.accepted_at
 
 
 async def stored_ids(floor: Desk) -> list[Any]:
@@ -140,9 +145,9 @@ async def test_an_account_that_somebody_holds_is_left_out_or_awaited_for_a_while
 async def accept_behind(floor: Desk, superuser: Superuser, before: Order, behind: Order) -> dict[int, datetime | None]:
     """Accept one while a transaction that has accepted another still holds their account, and then commits."""
     async with floor.gateway.connect() as holder:
-        await accept_unopposed(holder, [before.stored()], wait_seconds=0)
+        await accept_unopposed(holder, [before.stored()], wait_seconds=0, until=LATER)
         waiting = asyncio.create_task(accept(floor, [behind], wait_seconds=LOCK_WAIT_SECONDS))
-        await until_waiting(superuser, "tests", "lock_accounts")
+        await until_waiting(superuser, "tests", "accept_unopposed")
         await holder.commit()
     return await waiting
 
@@ -159,12 +164,44 @@ async def test_what_the_holder_of_an_account_did_to_it_is_seen(floor: Desk, supe
     await assert_sound(floor.owner)
 
 
-async def test_an_id_that_came_while_the_account_was_awaited_is_refused_and_nothing_is_written(
-    floor: Desk, superuser: Superuser
-) -> None:
+async def test_an_id_that_came_while_the_account_was_awaited_is_seen(floor: Desk, superuser: Superuser) -> None:
     merchant = await floor.merchant()
     come = order(floor.settings, merchant.shop)
-    with pytest.raises(IntegrityError, match="payouts_external_id_unique"):
-        await accept_behind(floor, superuser, come, replace(come, id=order(floor.settings, merchant.shop).id))
+    twin = replace(come, id=order(floor.settings, merchant.shop).id)
+    assert await accept_behind(floor, superuser, come, twin) == {merchant.shop.account_id: None}
     assert await stored_ids(floor) == [come.id]
     await assert_sound(floor.owner)
+
+
+async def test_what_comes_late_accepts_nothing(floor: Desk) -> None:
+    merchant = await floor.merchant()
+    late = order(floor.settings, merchant.shop)
+    for until in (None, NOW - timedelta(seconds=1)):
+        assert await accept(floor, [late], until=until) == {merchant.shop.account_id: None}
+    assert await stored_ids(floor) == []
+
+
+async def test_what_gets_its_account_late_accepts_nothing(floor: Desk, superuser: Superuser) -> None:
+    """The server's clock is looked at under the lock: who had it before may have said that there is no such payout."""
+    merchant = await floor.merchant()
+    async with locked(floor.owner, "SELECT FROM accounts WHERE id = $1 FOR UPDATE", merchant.shop.account_id):
+        until = datetime.now(UTC) + timedelta(seconds=1)
+        waiting = asyncio.create_task(
+            accept(floor, [order(floor.settings, merchant.shop)], wait_seconds=LOCK_WAIT_SECONDS, until=until)
+        )
+        await until_waiting(superuser, "tests", "accept_unopposed")
+        await floor.one("SELECT pg_sleep_until(CAST(:until AS timestamptz))", until=until)
+    assert await waiting == {merchant.shop.account_id: None}
+    assert await stored_ids(floor) == []
+
+
+async def test_each_alone_leaves_the_transactions_of_its_pool_alone(floor: Desk) -> None:
+    merchant = await floor.merchant()
+    pool = engine(floor.url, role="payouts_gateway")
+    accepted, undone = (order(floor.settings, merchant.shop) for _ in range(2))
+    for alone in (True, False) * 3:
+        item = accepted if alone else undone
+        async with (each_alone(pool) if alone else pool).connect() as tx:
+            await accept_unopposed(tx, [item.stored()], wait_seconds=0, until=LATER)
+    await pool.dispose()
+    assert await stored_ids(floor) == [accepted.id]

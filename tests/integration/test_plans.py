@@ -63,7 +63,7 @@ from common.db.stuck import TooOld, find_stuck
 from common.db.webhook_secrets import find_webhook_secrets
 from gateway.accept import Order, decide_batch
 from tests.conftest import Server
-from tests.factories import Merchant, engine, execute, fetch, new_payin, order, settings
+from tests.factories import Merchant, engine, execute, fetch, new_payin, order
 from tests.flows import LOCK_WAIT_SECONDS, Desk, cloned, desk, forge, take_callbacks
 from worker.callbacks.recording import Ended as Delivered
 from worker.callbacks.recording import record_attempts
@@ -291,20 +291,14 @@ FIRST_SHOP = UUID(int=0)
 # Both ways of accepting what nothing speaks against.
 _ACCEPT: dict[str, Callable[[Tx, Sequence[Order]], Awaitable[Any]]] = {
     "unopposed": lambda tx, orders: accept_unopposed(
-        tx, [item.stored() for item in orders], wait_seconds=LOCK_WAIT_SECONDS
+        tx, [item.stored() for item in orders], wait_seconds=LOCK_WAIT_SECONDS, until=datetime(2999, 1, 1, tzinfo=UTC)
     ),
     "careful": lambda tx, orders: decide_batch(tx, orders, wait_seconds=LOCK_WAIT_SECONDS),
 }
 _EACH_WAY = pytest.mark.parametrize("way", _ACCEPT)
 
 
-def _accept_unopposed(crowd: Crowd, count: int) -> Callable[[Tx], Awaitable[Any]]:
-    return lambda tx: _ACCEPT["unopposed"](tx, [order(settings(crowd.url), crowd.merchant.shop) for _ in range(count)])
-
-
 HOT: dict[str, tuple[str, Work]] = {
-    "accept_unopposed": (GATEWAY, lambda crowd: _accept_unopposed(crowd, BATCH)),
-    "accept_unopposed of one": (GATEWAY, lambda crowd: _accept_unopposed(crowd, 1)),
     "find_by_external_ids": (GATEWAY, lambda crowd: lambda tx: find_by_external_ids(tx, crowd.external_ids)),
     "find_by_external_ids of one": (GATEWAY, lambda crowd: lambda tx: find_by_external_ids(tx, crowd.external_ids[:1])),
     "find_api_keys": (GATEWAY, lambda crowd: lambda tx: find_api_keys(tx, [crowd.merchant.api_key, "nobody's"])),
