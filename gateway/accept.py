@@ -105,8 +105,8 @@ Tell = Callable[[Sequence[Order]], None]
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """An order and who waits for its verdict, until `ends_at`. `withdrawn`: nobody wants it any more, if no transaction has
-    it yet.
+    """An order and who waits for its verdict, until `ends_at`. `withdrawn`: nobody does any more, and it is not accepted unless
+    a transaction has it already.
     """
 
     order: Order
@@ -216,13 +216,16 @@ class Acceptor:
         return batch
 
     def _take_shared(self, line: "_Line") -> list[_Waiting]:
-        """The same of a line of several shops, but for those that have a line of their own by now, and go there."""
+        """The same of a line of several shops; those whose shop has a line of its own by now go there."""
         while batch := self._take(line):
-            behind = [waiting for waiting in batch if waiting.order.shop.id in self._busy_lines]
-            for waiting in behind:
-                self._to_busy_line(waiting)
-            if len(behind) < len(batch):
-                return [waiting for waiting in batch if waiting.order.shop.id not in self._busy_lines]
+            shared: list[_Waiting] = []
+            for waiting in batch:
+                if waiting.order.shop.id in self._busy_lines:
+                    self._to_busy_line(waiting)
+                else:
+                    shared.append(waiting)
+            if shared:
+                return shared
         return []
 
     def _to_busy_line(self, waiting: _Waiting) -> None:

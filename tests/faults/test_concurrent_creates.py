@@ -27,7 +27,7 @@ from tests.faults.merchants import (
     find_stored,
     sender,
 )
-from tests.faults.proxy import proxy
+from tests.faults.proxy import CommitFault, proxy, until_failed
 from tests.stack import Stack, eventually, stack
 
 GATEWAY = "payouts-gateway"
@@ -381,6 +381,26 @@ async def test_an_order_that_waited_too_long_is_a_503_and_is_not_accepted_later(
         # What had been given up never reached the database.
         rows = await fetch(owner, "SELECT external_id FROM payouts ORDER BY id")
         assert {row.external_id for row in rows} == {after.external_id}
+    await assert_invariants(owner)
+
+
+async def test_nobody_is_told_anything_while_a_statement_that_was_lost_might_still_come(
+    database_url: str, owner: Engine, config: Settings
+) -> None:
+    shop = (await add_funded_merchant(owner, config, funds="10.00")).shop
+    async with proxy(database_url) as network, acceptor(settings(network.url)) as running:
+        # It knows the server's clock from now on.
+        await running.accept(order(config, shop, amount_minor=100))
+        started = monotonic()
+        network.fail_commits(CommitFault.LOSE_COMMIT)
+        lost = asyncio.create_task(running.accept(order(config, shop, amount_minor=600)))
+        await until_failed(network)
+        async with acceptor(config) as elsewhere:
+            await elsewhere.accept(order(config, shop, amount_minor=600))
+        with pytest.raises(InsufficientBalance):
+            await lost
+        assert monotonic() - started >= 1
+    assert await find_held(owner, shop.id) == 700
     await assert_invariants(owner)
 
 
