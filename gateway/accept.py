@@ -309,9 +309,9 @@ class Acceptor:
         async def work(tx: Tx) -> Mapping[int, datetime | None]:
             nonlocal certain_at
             certain_at = monotonic() + _UNTIL_SECONDS + _CERTAIN_SECONDS
-            if ends_at < certain_at:
-                return nothing
             until = self._clock.reads_in(_UNTIL_SECONDS)
+            if until is None or ends_at < certain_at:
+                return nothing
             found = await accept_unopposed(tx, wanted, wait_seconds=wait_seconds, until=until)
             self._clock.set(found.told_at)
             return found.accepted_at
@@ -344,6 +344,9 @@ class Acceptor:
             )
 
         verdicts = await flush_by_halves(decide, [waiting.order for waiting in batch])
+        for verdict in verdicts:
+            if isinstance(verdict, Accepted) and not verdict.replayed:
+                self._clock.set(verdict.payout.created_at)
         return dict(zip(by_id, verdicts, strict=True))
 
 
@@ -371,22 +374,22 @@ def _log_failure(error: Exception, order: Order | None) -> None:
 
 
 class _ServerClock:
-    """The database's clock as it was read last, and the time that has passed since: never more than it shows."""
+    """The database's clock as it was when we last heard of it, and the time that has passed since: never more than it shows."""
 
     def __init__(self) -> None:
-        self._read: tuple[datetime, float] | None = None
+        self._told: tuple[datetime, float] | None = None
 
     def set(self, told_at: datetime | None) -> None:
-        """It has just been read."""
+        """It showed this, or more."""
         if told_at is not None:
-            self._read = told_at, monotonic()
+            self._told = told_at, monotonic()
 
     def reads_in(self, seconds: float) -> datetime | None:
-        """What it will have reached by then; None while it was never read."""
-        if self._read is None:
+        """What it will have reached by then; None while nothing is known of it."""
+        if self._told is None:
             return None
-        told_at, read_at = self._read
-        return told_at + timedelta(seconds=monotonic() - read_at + seconds)
+        told_at, heard_at = self._told
+        return told_at + timedelta(seconds=monotonic() - heard_at + seconds)
 
 
 @dataclass(slots=True)

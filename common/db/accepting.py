@@ -89,13 +89,11 @@ class Unopposed:
     told_at: datetime | None
 
 
-async def accept_unopposed(
-    tx: Tx, wanted: Sequence[NewPayout], *, wait_seconds: float, until: datetime | None
-) -> Unopposed:
+async def accept_unopposed(tx: Tx, wanted: Sequence[NewPayout], *, wait_seconds: float, until: datetime) -> Unopposed:
     """Accept all payouts of each account that nothing speaks against, and none of the others. One statement.
 
     Something does if the shop or its merchant is not active, an id is known already or comes twice, the money does not
-    suffice for all, or one has expired. When the server's clock has passed `until`, or it is None, none is accepted.
+    suffice for all, or one has expired. When the server's clock has passed `until`, none is accepted.
     Locks: the accounts, in id order. With `wait_seconds` 0, those that somebody else holds are left out.
     Raises: `AccountBusy` (by `in_transaction`) when one is held for longer than `wait_seconds`.
     """
