@@ -278,10 +278,15 @@ class Acceptor:
         self, batch: list[_Waiting], wait_seconds: float
     ) -> Mapping[UUID, Verdict | Exception | None]:
         """By the order's id its verdict, or the error that it met; None where somebody else holds the account."""
+        failure: Exception | None = None
+        accepted_at: Mapping[int, datetime | None] = {waiting.order.shop.account_id: None for waiting in batch}
         try:
             accepted_at = await self._accept_unopposed(batch, wait_seconds)
         except (AccountBusy, DatabaseSlow) as error:
             return {waiting.order.id: error for waiting in batch}
+        except Exception as error:
+            # It is undone. The careful way finds out whose fault it was, if it was anybody's but the statement's.
+            failure = error
         verdicts: dict[UUID, Verdict | Exception | None] = {}
         opposed: list[_Waiting] = []
         for waiting in batch:
@@ -294,6 +299,10 @@ class Acceptor:
                 verdicts[order.id] = Accepted(_new_payout(order, moment), replayed=False)
         if opposed:
             verdicts |= await self._decide_carefully(opposed, wait_seconds)
+        if failure is not None and all(
+            verdict is None or isinstance(verdict, Verdict) for verdict in verdicts.values()
+        ):
+            _log_failure(failure, None)
         return verdicts
 
     async def _accept_unopposed(self, batch: list[_Waiting], wait_seconds: float) -> Mapping[int, datetime | None]:
@@ -318,15 +327,10 @@ class Acceptor:
 
         try:
             return await in_transaction(self._engine_of_one, work, attempts_max=1)
-        except (AccountBusy, DatabaseSlow):
-            raise
         except DatabaseUnavailable:
             # If it was sent, nobody knows what became of it.
             await asyncio.sleep(certain_at - monotonic())
-        except Exception as error:
-            # It is undone. The careful way finds out whose fault it was.
-            _log_failure(error, None)
-        return nothing
+            return nothing
 
     async def _decide_carefully(
         self, batch: list[_Waiting], wait_seconds: float
