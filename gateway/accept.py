@@ -6,7 +6,7 @@ what was accepted. It is also what tells when nobody heard what became of a tran
 account's lock makes it wait for the first try to end.
 
 A first try that is one statement may not even have begun, and come late; so it accepts nothing after a moment on the
-database's clock, and nobody is told anything about its orders before that moment has passed.
+database's clock, and nobody is told that its orders were refused before that moment has passed.
 """
 
 import asyncio
@@ -106,13 +106,14 @@ Tell = Callable[[Sequence[Order]], None]
 @dataclass(slots=True, eq=False)
 class _Waiting:
     """An order and who waits for its verdict, until `ends_at`. `withdrawn`: nobody does any more, and it is not accepted unless
-    a transaction has it already.
+    a transaction has it already. `unsure_until`: before that, a statement that was lost might still accept it.
     """
 
     order: Order
     future: asyncio.Future[Accepted]
     ends_at: float
     busy_until: float = 0.0
+    unsure_until: float = 0.0
     withdrawn: bool = False
 
 
@@ -267,6 +268,8 @@ class Acceptor:
             if verdict is None or isinstance(verdict, AccountBusy):
                 busy.append(waiting)
                 continue
+            if not isinstance(verdict, Accepted) and monotonic() < waiting.unsure_until:
+                verdict = DatabaseUnavailable()
             settle_future(waiting.future, _ours(verdict, waiting.order))
             if isinstance(verdict, Accepted) and not verdict.replayed:
                 new.append(waiting.order)
@@ -328,8 +331,9 @@ class Acceptor:
         try:
             return await in_transaction(self._engine_of_one, work, attempts_max=1)
         except DatabaseUnavailable:
-            # If it was sent, nobody knows what became of it.
-            await asyncio.sleep(certain_at - monotonic())
+            # If it was sent, nobody knows what becomes of it.
+            for waiting in batch:
+                waiting.unsure_until = certain_at
             return nothing
 
     async def _decide_carefully(
