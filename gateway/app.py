@@ -39,11 +39,12 @@ from common.messaging.publisher import Publisher
 from common.messaging.topology import Topology, Work
 from common.process import end_tasks
 from common.settings import Settings
-from gateway.accept import Acceptor, Order
+from gateway.accept import Acceptor
 from gateway.auth import Authenticator, Caller, Credentials, RailSecrets, read_credentials, read_signature
 from gateway.balance import show_balance
 from gateway.callbacks import list_payin_callbacks, list_payout_callbacks, resend_payout_callback
 from gateway.cancel import Canceler
+from gateway.deciding import Order
 from gateway.errors import REQUEST_ID, SERVER, render_error
 from gateway.events import list_events
 from gateway.gate import Gate

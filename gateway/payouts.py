@@ -13,8 +13,8 @@ from common.errors import PayoutNotFound
 from common.recipients import Recipient, seal_recipient
 from common.sealing import Keyring
 from common.settings import Settings
-from gateway.accept import Order
 from gateway.auth import Caller
+from gateway.deciding import Order
 from gateway.errors import json_response
 from gateway.keys import ACCEPTOR, AUTHENTICATOR, CANCELER, ENGINE, KEYRING, SETTINGS, SPAN
 from gateway.log import SUBJECT

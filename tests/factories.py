@@ -18,7 +18,7 @@ from common.domain.payout import mask_recipient
 from common.domain.signing import sign_v1
 from common.recipients import Recipient, seal_recipient
 from common.settings import Settings
-from gateway.accept import Order
+from gateway.deciding import Order
 from ops.onboarding import add_key, add_merchant, add_shop, top_up
 
 KEY: Final = base64.b64encode(bytes(range(32))).decode()

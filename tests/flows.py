@@ -20,7 +20,7 @@ from common.db.lanes import FIRST_LANE, ClaimedCallback, Lease, Room, claim_in_t
 from common.db.payins import append_payin
 from common.errors import PayoutsError
 from common.settings import Settings
-from gateway.accept import Accepted, Order, decide_batch
+from gateway.deciding import Accepted, Order, decide_batch
 from tests.conftest import Server
 from tests.factories import Merchant, add_funded_merchant, execute, fetch, new_payin, order, settings
 from worker.claiming import claim_calls

@@ -45,7 +45,7 @@ _FIRST_SHOP: Final = UUID(int=0)
 _RECORD_BATCH_MAX: Final = 128
 _RECORD_ATTEMPTS_MAX: Final = 5
 _RECORD_PAUSE_SECONDS: Final = 0.2
-# How long answers of several shops wait for their accounts: longer than any transaction of ours holds them.
+# How long answers of several shops wait for an account: longer than our transactions hold one, as a rule.
 _TURN_SECONDS: Final = 0.05
 # How long a shop that is behind waits for its account before others get the connection.
 _BUSY_TURN_SECONDS: Final = 0.2

@@ -14,7 +14,8 @@ import pytest
 from common.db.engine import Engine, create_engine
 from common.errors import DatabaseUnavailable, ExternalIdReused, InsufficientBalance, Overloaded
 from common.settings import Settings
-from gateway.accept import Accepted, Acceptor, Order
+from gateway.accept import Acceptor
+from gateway.deciding import Accepted, Order
 from tests.factories import add_funded_merchant, create_body, execute, fetch, order, settings
 from tests.faults.locks import Superuser
 from tests.faults.merchants import (

@@ -17,7 +17,7 @@ import pytest
 from common.db.engine import Engine, in_transaction
 from common.log import LogEvent
 from common.settings import Settings
-from gateway.accept import Accepted, decide_batch
+from gateway.deciding import Accepted, decide_batch
 from tests.factories import Merchant, add_funded_merchant, execute, fetch, order
 from tests.faults.endings import exit_code, leave
 from tests.faults.locks import Superuser, locked, until_waiting

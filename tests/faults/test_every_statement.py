@@ -8,7 +8,8 @@ from itertools import count
 import pytest
 
 from common.domain.ids import EVENT, render_id
-from gateway.accept import Accepted, Acceptor
+from gateway.accept import Acceptor
+from gateway.deciding import Accepted
 from tests.factories import fetch, order
 from tests.faults.outcome import assert_rail_agrees
 from tests.faults.proxy import CommitFault, Proxy, proxy

@@ -11,7 +11,7 @@ import pytest
 from common.db.accepting import accept_unopposed
 from common.db.engine import each_alone, in_transaction
 from common.errors import AccountBusy
-from gateway.accept import Order
+from gateway.deciding import Order
 from tests.factories import Merchant, engine, execute, fetch, order
 from tests.faults.locks import Superuser, locked, until_waiting
 from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound

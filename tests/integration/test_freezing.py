@@ -3,14 +3,10 @@
 import asyncio
 from typing import Final
 
-import asyncpg
-from sqlalchemy.engine import make_url
-
 from common.errors import ShopNotFound
-from gateway.accept import Accepted, decide_batch
-from tests.conftest import Server
+from gateway.deciding import Accepted, decide_batch
 from tests.factories import Merchant, execute, fetch, order
-from tests.faults.locks import locked, until_waiting
+from tests.faults.locks import Superuser, locked, until_waiting
 from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound
 from tests.integration.test_stuck_cli import look
 from tests.terminal import Terminal
@@ -84,20 +80,15 @@ async def test_what_a_rail_has_taken_ends_as_it_ends(terminal: Terminal, floor: 
 
 
 async def test_once_it_is_frozen_no_create_that_was_under_way_comes_after(
-    terminal: Terminal, floor: Desk, server: Server
+    terminal: Terminal, floor: Desk, superuser: Superuser
 ) -> None:
     merchant = await floor.merchant()
-    database = make_url(server.admin_url).set(database=make_url(floor.url).database)
-    superuser = await asyncpg.connect(database.render_as_string(hide_password=False))
-    try:
-        async with floor.gateway.begin() as tx:
-            (verdict,) = await decide_batch(tx, [order(floor.settings, merchant.shop)], wait_seconds=LOCK_WAIT_SECONDS)
-            freezing = asyncio.create_task(terminal.run("shop", "freeze", shop_of(merchant), *BECAUSE))
-            await until_waiting(superuser, "cli", "lock_accounts")
-            assert not freezing.done()
-        (await freezing).assert_shown()
-    finally:
-        await superuser.close()
+    async with floor.gateway.begin() as tx:
+        (verdict,) = await decide_batch(tx, [order(floor.settings, merchant.shop)], wait_seconds=LOCK_WAIT_SECONDS)
+        freezing = asyncio.create_task(terminal.run("shop", "freeze", shop_of(merchant), *BECAUSE))
+        await until_waiting(superuser, "cli", "lock_accounts")
+        assert not freezing.done()
+    (await freezing).assert_shown()
     (late,) = await floor.accept(order(floor.settings, merchant.shop))
 
     assert isinstance(verdict, Accepted)

@@ -61,7 +61,7 @@ from common.db.resolutions import count_doubts, list_waiting
 from common.db.sealed import COLUMNS, SealedValue, count_sealed, find_sealed_otherwise, save_sealed_anew
 from common.db.stuck import TooOld, find_stuck
 from common.db.webhook_secrets import find_webhook_secrets
-from gateway.accept import Order, decide_batch
+from gateway.deciding import Order, decide_batch
 from tests.conftest import Server
 from tests.factories import Merchant, engine, execute, fetch, new_payin, order
 from tests.flows import LOCK_WAIT_SECONDS, Desk, cloned, desk, forge, take_callbacks

@@ -24,7 +24,7 @@ from common.domain.schedule import LOOK_UP_DELAYS, SUBMIT_DELAYS
 from common.errors import NotCancelable
 from common.moving import Conclusion
 from common.recipients import Recipient
-from gateway.accept import decide_batch
+from gateway.deciding import decide_batch
 from tests.factories import execute, fetch, order
 from tests.faults.merchants import account_locked
 from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, desk

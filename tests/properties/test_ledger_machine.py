@@ -28,7 +28,7 @@ from common.db.rail_events import NewRailEvent, append_rail_events
 from common.domain.ids import PAYOUT, render_id
 from common.errors import ExternalIdReused, InsufficientBalance, NotCancelable
 from common.recipients import Recipient
-from gateway.accept import Accepted, Order
+from gateway.deciding import Accepted, Order
 from tests.conftest import Server
 from tests.factories import Merchant, execute, fetch, order
 from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, cloned, desk, forge, pass_callback_time, take_callbacks
