@@ -233,6 +233,19 @@ class Scene:
         """While the context lasts, a policy keeps such queues to one message, and the broker refuses the rest."""
         return self._policy({"max-length": 1, "overflow": "reject-publish"}, name)
 
+    async def fill_parked(self) -> int:
+        """Messages into the parking queue until it takes no more; how many it took.
+
+        The broker tells publishers of a full queue a moment late, and until then takes more than its limit.
+        """
+        count = 0
+        async with self._channel() as channel:
+            with suppress(aio_pika.exceptions.DeliveryError):
+                while True:
+                    await channel.default_exchange.publish(aio_pika.Message(b"filler"), self.topology.parked)
+                    count += 1
+        return count
+
     def delivery_limit(self, deliveries: int) -> AbstractAsyncContextManager[None]:
         """While the context lasts, the broker drops what was delivered and given back that often."""
         return self._policy({"delivery-limit": deliveries})

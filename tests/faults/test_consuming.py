@@ -152,6 +152,7 @@ async def test_neighbours_go_on_while_poison_cannot_be_parked(stage: Scene) -> N
     gateway, worker = await stage.start_all()
     await stage.assert_work_flows(gateway, worker)
     async with stage.full_queue("parked"):
+        there = await stage.fill_parked()
         for _ in range(5):
             await stage.publish(b"poison")
         since = len(stage.created)
@@ -159,14 +160,14 @@ async def test_neighbours_go_on_while_poison_cannot_be_parked(stage: Scene) -> N
             await stage.answered(60)
         await stage.settled()
         assert await stage.worst_lag(since=since) < 1.0, "neighbours had to wait for a scan"
-        assert await stage.consumed(worker, outcome="parked") < 5
+        assert await stage.consumed(worker, outcome="parked") == 0
 
     async def all_parked() -> bool:
         return await stage.consumed(worker, outcome="parked") == 5
 
     await eventually(all_parked, "poison is parked", 30)
     await stage.assert_work_flows(gateway, worker)
-    await stage.assert_all_well(parked=5)
+    await stage.assert_all_well(parked=there + 5)
 
 
 async def test_one_message_that_cannot_be_claimed_holds_up_no_other(broker: Broker, amqp_prefix: str) -> None:
