@@ -30,7 +30,7 @@ CANCEL_TIMEOUT_SECONDS: Final = 2.0
 QUIET_SECONDS: Final = 5.0
 _FAILED_CLAIM_SECONDS: Final = 1.0
 # What comes within this time of a claim is claimed together: a claim of few messages costs nearly as much as one of many.
-_APART_SECONDS: Final = 0.025
+_APART_SECONDS: Final = 0.05
 
 CONSUMED: Final = Counter(
     "payouts_messages_consumed", "Messages taken from RabbitMQ, by what came of them", ["work", "outcome"]
