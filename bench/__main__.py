@@ -104,6 +104,7 @@ SCENARIOS: Final = {
             rate=o.load_rate,
             seconds=o.accept_seconds,
             payouts=o.payouts,
+            turns=o.turns,
             carrier=o.carriers[0],
             progress=progress,
         ),
@@ -162,7 +163,9 @@ async def run(scenario: Scenario, options: Options, console: Console) -> dict[st
     "--carrier", "carriers", type=click.Choice(list(_CARRIERS)), multiple=True, default=list(_CARRIERS), show_default=True,
     help="What carries the work, each in its turn; the first one for growth.",
 )  # fmt: skip
-@click.option("--turns", default=3, show_default=True, help="accept, settle, callbacks: how often; the median counts.")
+@click.option(
+    "--turns", default=3, show_default=True, help="accept, settle, callbacks, growth: how often; the median counts."
+)
 @click.option("--accept-seconds", default=5.0, show_default=True, help="accept, growth: how long each.")
 @click.option("--latency-seconds", default=20.0, show_default=True, help="latency: how long each.")
 @click.option("--rates", default=(100, 500, 1000, 2000), show_default=True, multiple=True, help="latency: each rate.")

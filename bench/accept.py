@@ -93,7 +93,7 @@ async def measure(
     """All of them, turn about."""
     crowds = await gather_crowds(on)
     runs: dict[str, Callable[[str], Awaitable[Figure]]] = {
-        BARE: lambda prefix: _bare(on, crowds[0], prefix, seconds, progress),
+        BARE: lambda prefix: run_bare(on, crowds[0], prefix, seconds, progress),
         SQL_ONE: lambda _: _sql(on, "one_per_transaction.sql", 1, 1, seconds),
         SQL_MANY: lambda _: _sql(on, "one_per_transaction.sql", baseline.SHOPS, 1, seconds),
         SQL_BATCHED: lambda _: _sql(on, "batched.sql", 1, baseline.BATCH, seconds),
@@ -135,7 +135,8 @@ async def run_ours(
     return _figure(answers, await check(on, answers, crowd.shops), asdict(costs))
 
 
-async def _bare(on: Scene, crowd: Crowd, prefix: str, seconds: float, progress: Progress) -> Figure:
+async def run_bare(on: Scene, crowd: Crowd, prefix: str, seconds: float, progress: Progress) -> Figure:
+    """A handler that answers and does nothing: what this machine can do at the moment."""
     async with baseline.bare_handler(on) as port:
         answers = await send(_plan(port, baseline.PATH, crowd, prefix, seconds), progress, BARE)
     return _figure(answers, 0)
