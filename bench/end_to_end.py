@@ -54,12 +54,13 @@ class Ages:
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """What the merchants saw: how many in the time that counts, the seconds from 201 to the callback, what was not as
-    recorded.
+    """What the merchants saw: how many in the time that counts, the seconds from 201 to the callback and whether they stayed
+    what they were, what was not as recorded.
     """
 
     counted: int
     lag: Spread
+    flat: bool
     differing: int
 
 
@@ -129,7 +130,7 @@ async def run_load(
         "lag": asdict(delivered.lag),
         "differing": await check(on, answers, shops) + unsettled + delivered.differing,
         "ages": asdict(ages),
-        "flat": is_flat(ages.payout) and is_flat(ages.callback),
+        "flat": is_flat(ages.payout) and is_flat(ages.callback) and delivered.flat,
         "costs": asdict(costs),
     }
 
@@ -155,7 +156,10 @@ async def watching_ages(on: Scene) -> AsyncIterator[Ages]:
 
 
 def is_flat(ages: Sequence[float]) -> bool:
-    """Whether nothing falls behind: in the last third they are hardly above those of the third before, or short anyway."""
+    """Whether nothing falls behind: in the last third they are hardly above those of the third before, or short anyway.
+
+    What waits in a lane that is full is overdue to nobody; so what the merchants saw is judged as well.
+    """
     third = len(ages) // 3
     if not third:
         return max(ages, default=0.0) <= _AGE_SECONDS
@@ -204,7 +208,7 @@ async def lay_beside(
         ),
         of_run,
     )
-    lags, counted, differing, seen = list[float](), 0, 0, set[str]()
+    lags, counted, differing, seen = list[tuple[float, float]](), 0, 0, set[str]()
     for row in rows:
         webhook_id = "" if row.event_id is None else render_id(EVENT, row.event_id)
         times = arrivals.get(webhook_id, [])
@@ -215,8 +219,10 @@ async def lay_beside(
             # 0: accepted, and the answer never came; then nothing was promised that the callback could be late for.
             done = answers.done[int(row.external_id.removeprefix(answers.plan.prefix))]
             if done:
-                lags.append(min(times) - done)
-    return Delivered(counted, spread_of(lags), differing + (len(arrivals.keys() - seen) if alone else 0))
+                lags.append((done, min(times) - done))
+    in_order = [lag for _, lag in sorted(lags)]
+    differing += len(arrivals.keys() - seen) if alone else 0
+    return Delivered(counted, spread_of(in_order), is_flat(in_order), differing)
 
 
 def _goals(case: dict[str, Any]) -> list[Goal]:
