@@ -135,6 +135,7 @@ async def measure(
     progress: Progress,
 ) -> dict[str, Any]:
     """All of it, one after the other; `rate` and `minutes` are of the load, the next three of each stage."""
+    one, many = (crowd for crowd in await accept.gather_crowds(on) if crowd.name in (ONE, MANY))
 
     async def measure_stage(prefix: str) -> Stage:
         taken = [
@@ -143,7 +144,6 @@ async def measure(
         ]
         return Stage([rates for rates, _ in taken], sum(differing for _, differing in taken))
 
-    one, many = (crowd for crowd in await accept.gather_crowds(on) if crowd.name in (ONE, MANY))
     stages = {"empty": await measure_stage("empty")}
     load = await _run_load(on, one, carrier, minutes, rate, progress)
     broken = [finding.rule.name for finding in await verify(on.ops) if finding.count]
@@ -278,7 +278,9 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
     rates = Table("per second", *names, "records", title=title)
     for name, stage in found["stages"].items():
         of_empty = stage["of_empty"]
-        cells = [f"{rate:,.0f} ({of_empty[of]:.2f})" for of, rate in _medians(stage).items()]
+        cells = [
+            f"{rate:,.0f}" + ("" if of == BARE else f" ({of_empty[of]:.2f})") for of, rate in _medians(stage).items()
+        ]
         rates.add_row(name, *cells, "as claimed" if not stage["differing"] else f"{stage['differing']:,} differ")
     rates.caption = f"the rules of the ledger, before the history: {', '.join(found['broken']) or 'all hold'}"
     load = found["load"]

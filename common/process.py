@@ -13,7 +13,7 @@ _CANCEL_SECONDS: Final = 1.0
 # Where the system names no limit of open files, and has one all the same, as macOS does.
 _FILES_MAX: Final = 10_240
 # Objects that must have come and stayed until the youngest are looked through, and how often until the older ones are. More
-# than what a process has in flight: else each wave of work is looked through, and there is no garbage in it.
+# than what a process usually has in flight: else each wave of work is looked through, and hardly any of it is garbage.
 _COLLECT_AFTER: Final = (50_000, 20, 50)
 
 

@@ -70,7 +70,7 @@ async def find_sandbox_payment(tx: Tx, reference: str) -> SandboxPayment | None:
 
 
 def _payment(row: Row[Any]) -> SandboxPayment:
-    """The columns are the fields, in their order; when it settles is its own affair."""
+    """The columns that both statements return are the fields, in their order, but for when it settles: nobody asks for that."""
     values = list(row)
     values.insert(_SETTLES_AT, None)
     return SandboxPayment(*values)

@@ -91,5 +91,6 @@ def render_test_event(*, event_id: UUID, shop_code: str, created_at: datetime) -
 
 def _render(type_: str, **fields: object) -> bytes:
     body = {"type": type_, **{name: value for name, value in fields.items() if value is not None}}
+    # The fast way, where that is enough: it leaves letters as they are.
     told = orjson.dumps(body)
     return told if told.isascii() else json.dumps(body, separators=(",", ":")).encode("ascii")

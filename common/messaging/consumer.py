@@ -29,8 +29,10 @@ CANCEL_TIMEOUT_SECONDS: Final = 2.0
 # subscription with it and says nothing (RabbitMQ 3.10.8, quorum queues).
 QUIET_SECONDS: Final = 5.0
 _FAILED_CLAIM_SECONDS: Final = 1.0
-# What comes within this time of a claim is claimed together: a claim of few messages costs nearly as much as one of many.
+# What comes within this time of a claim of many ids is claimed together: a claim of few costs nearly as much. Where ids come
+# one by one there is time for each.
 _APART_SECONDS: Final = 0.05
+_MANY_IDS: Final = 8
 
 CONSUMED: Final = Counter(
     "payouts_messages_consumed", "Messages taken from RabbitMQ, by what came of them", ["work", "outcome"]
@@ -101,8 +103,8 @@ class Consumer:
                 await epoch.renew_quiet()
                 while not epoch.is_stopping() and (batch := epoch.take(BATCH_MAX)):
                     started = monotonic()
-                    await self._work_on(epoch, batch, parking)
-                    await epoch.gather(BATCH_MAX, until=started + _APART_SECONDS)
+                    if await self._work_on(epoch, batch, parking) >= _MANY_IDS:
+                        await epoch.gather(BATCH_MAX, until=started + _APART_SECONDS)
             await end_tasks(parking, 0)
             await epoch.hand_back()
         finally:
@@ -125,7 +127,8 @@ class Consumer:
 
     async def _work_on(
         self, epoch: "_Epoch", batch: Sequence[DeliveredMessage], parking: "set[asyncio.Task[None]]"
-    ) -> None:
+    ) -> int:
+        """Have a batch claimed, and parked what of it nobody can read; returns how many ids there were to claim."""
         readable: list[tuple[DeliveredMessage, WorkMessage]] = []
         for delivered in batch:
             try:
@@ -137,6 +140,7 @@ class Consumer:
                 task.add_done_callback(parking.discard)
         if readable:
             await self._claim_all(epoch, readable)
+        return sum(len(message.ids) for _, message in readable)
 
     async def _claim_all(self, epoch: "_Epoch", readable: Sequence[tuple[DeliveredMessage, WorkMessage]]) -> None:
         started = monotonic()

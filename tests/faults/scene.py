@@ -36,6 +36,7 @@ LAG_SECONDS_MAX: Final = 2.0
 _SHOPS: Final = 3
 _CLIENTS: Final = 8
 _TICK_MILLISECONDS: Final = 200
+_FILLERS_MAX: Final = 1_000
 
 # Leases as short as the settings allow, so that a killed worker's payouts come back within a test.
 SHORT_LEASES: Final = {
@@ -238,13 +239,13 @@ class Scene:
 
         The broker tells publishers of a full queue a moment late, and until then takes more than its limit.
         """
-        count = 0
         async with self._channel() as channel:
-            with suppress(aio_pika.exceptions.DeliveryError):
-                while True:
+            for count in range(_FILLERS_MAX):
+                try:
                     await channel.default_exchange.publish(aio_pika.Message(b"filler"), self.topology.parked)
-                    count += 1
-        return count
+                except aio_pika.exceptions.DeliveryError:
+                    return count
+        raise AssertionError("the parking queue is never full")
 
     def delivery_limit(self, deliveries: int) -> AbstractAsyncContextManager[None]:
         """While the context lasts, the broker drops what was delivered and given back that often."""

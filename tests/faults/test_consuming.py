@@ -153,6 +153,7 @@ async def test_neighbours_go_on_while_poison_cannot_be_parked(stage: Scene) -> N
     await stage.assert_work_flows(gateway, worker)
     async with stage.full_queue("parked"):
         there = await stage.fill_parked()
+        assert there >= 1, "it is there, and full"
         for _ in range(5):
             await stage.publish(b"poison")
         since = len(stage.created)
