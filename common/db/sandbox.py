@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
 
-from sqlalchemy import Row, text
+from sqlalchemy import text
 
 from common.db.engine import Tx
 
@@ -48,14 +47,12 @@ _FIND = text(
     """
 )
 
-_SETTLES_AT: Final = list(SandboxPayment.__dataclass_fields__).index("settles_in_seconds")
-
 
 async def save_submitted(tx: Tx, payments: Sequence[SandboxPayment]) -> dict[str, SandboxPayment]:
     """Remember payments as they were asked for; what stands now, by reference. Idempotent by reference."""
     names = ("reference", "amount_minor", "currency", "state", "failure_code", "authoritative", "settles_in_seconds")
     rows = await tx.execute(_SUBMIT, {name: [getattr(payment, name) for payment in payments] for name in names})
-    return {row.reference: _payment(row) for row in rows}
+    return {row.reference: SandboxPayment(**row._mapping, settles_in_seconds=None) for row in rows}
 
 
 async def save_settled(tx: Tx, reference: str, state: str) -> None:
@@ -66,11 +63,4 @@ async def save_settled(tx: Tx, reference: str, state: str) -> None:
 async def find_sandbox_payment(tx: Tx, reference: str) -> SandboxPayment | None:
     """What the bank knows of a reference now; a submitted payment may have settled in the meantime."""
     row = (await tx.execute(_FIND, {"reference": reference})).one_or_none()
-    return None if row is None else _payment(row)
-
-
-def _payment(row: Row[Any]) -> SandboxPayment:
-    """The columns that both statements return are the fields, in their order, but for when it settles: nobody asks for that."""
-    values = list(row)
-    values.insert(_SETTLES_AT, None)
-    return SandboxPayment(*values)
+    return None if row is None else SandboxPayment(**row._mapping, settles_in_seconds=None)
