@@ -11,7 +11,8 @@ from typing import Final
 V1_PREFIX: Final = "v1="
 WEBHOOK_SECRET_PREFIX: Final = "whsec_"  # noqa: S105 how the secrets of Standard Webhooks begin
 
-_ISO_UTC: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,6})?Z", re.ASCII)
+# Hour 24 is none: whether Python's own parser takes it depends on its version.
+_ISO_UTC: Final = re.compile(r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{1,6})?Z", re.ASCII)
 _UNIX_SECONDS: Final = re.compile(r"\d{1,11}", re.ASCII)
 
 

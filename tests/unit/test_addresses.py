@@ -60,7 +60,7 @@ def test_public_addresses_are_public_up_to_the_edge_of_forbidden_networks(addres
 
 @given(st.ip_addresses())
 def test_no_address_is_public_that_the_standard_library_calls_special(address: IPv4Address | IPv6Address) -> None:
-    assume(address.version == 4 or address.ipv4_mapped is None)
+    assume(isinstance(address, IPv4Address) or address.ipv4_mapped is None)
     if address.is_private or address.is_multicast or address.is_reserved or address.is_link_local:
         assert not is_public(address)
 
