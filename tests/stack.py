@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -15,19 +14,12 @@ from typing import IO, Any
 import aiohttp
 
 from common.settings import Settings
+from ops.ports import choose_port
 from tests.factories import Merchant, create_body, environment
 
 DEADLINE_SECONDS = 30.0
 
 ROOT = Path(__file__).parent.parent
-
-
-def free_port() -> int:
-    """A port that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 async def eventually(condition: Callable[[], Awaitable[Any]], what: str, seconds: float = DEADLINE_SECONDS) -> Any:
@@ -96,7 +88,7 @@ class Stack:
 
     def __init__(self, database_url: str, **overrides: str) -> None:
         self.database_url = database_url
-        self.port = free_port()
+        self.port = choose_port()
         self._overrides = overrides
         self._processes: list[Process] = []
 
@@ -116,7 +108,7 @@ class Stack:
 
     async def launch(self, *arguments: str, **overrides: str) -> Process:
         """Start without waiting."""
-        admin_port = free_port()
+        admin_port = choose_port()
         log = TemporaryFile()  # noqa: SIM115 closed by `Process.close`
         process = await asyncio.create_subprocess_exec(
             sys.executable,

@@ -14,8 +14,9 @@ from typing import Any, Final
 from common.db.engine import Engine
 from common.domain.signing import sign_body, sign_v1
 from common.settings import Settings
+from ops.ports import choose_port
 from tests.factories import Merchant, add_funded_merchant
-from tests.stack import DEADLINE_SECONDS, Stack, free_port
+from tests.stack import DEADLINE_SECONDS, Stack
 
 TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{8,64}", re.ASCII)
@@ -157,7 +158,7 @@ class Gateway:
     @asynccontextmanager
     async def beside(self, **overrides: str) -> AsyncIterator["Gateway"]:
         """A second process with other settings, on the same database and a port of its own."""
-        port = free_port()
+        port = choose_port()
         process = await self.stack.start("gateway", PORT=str(port), **overrides)
         try:
             yield Gateway(self.stack, port, self.owner)

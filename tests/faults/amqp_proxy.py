@@ -17,7 +17,7 @@ from typing import Final
 
 from yarl import URL
 
-from tests.stack import free_port
+from ops.ports import choose_port
 
 _PROTOCOL_HEADER_BYTES: Final = 8
 _FRAME_HEAD: Final = struct.Struct("!BHL")
@@ -119,7 +119,7 @@ class AmqpProxy:
         assert target.host is not None
         assert target.port is not None
         self._target = target.host, target.port
-        self._port = free_port()
+        self._port = choose_port()
         self.url: Final = str(target.with_host("127.0.0.1").with_port(self._port))
         self.counts: Counter[tuple[Way, Method]] = Counter()
         self.unconfirmed = 0

@@ -15,7 +15,8 @@ from typing import Final
 
 from sqlalchemy.engine import make_url
 
-from tests.stack import eventually, free_port
+from ops.ports import choose_port
+from tests.stack import eventually
 
 _PROTOCOL_3: Final = 3
 # Our SQL has its words in capitals and its names in small letters, so that FOR UPDATE is none of these.
@@ -73,7 +74,7 @@ class Proxy:
 
     def __init__(self, database_url: str) -> None:
         self._target = _address_of(database_url)
-        self._port = free_port()
+        self._port = choose_port()
         self.url: Final = (
             make_url(database_url).set(host="127.0.0.1", port=self._port).render_as_string(hide_password=False)
         )

@@ -9,7 +9,7 @@ from aiohttp import web
 from standardwebhooks.webhooks import Webhook
 
 from common.domain.signing import sign_body
-from tests.stack import free_port
+from ops.ports import choose_port
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Receiver:
 @asynccontextmanager
 async def receiver() -> AsyncIterator[Receiver]:
     """A receiver for the length of a test."""
-    port = free_port()
+    port = choose_port()
     running = Receiver(port)
     app = web.Application()
     app.router.add_post("/callbacks", running.receive)

@@ -26,6 +26,7 @@ from common.db.engine import Engine
 from common.domain.signing import sign_v1
 from common.log import LogEvent
 from common.messaging.topology import Topology, Work
+from ops.ports import choose_port
 from ops.simulator.moods import Behaviour, Fate, Manner
 from tests.bank import SECRET, add_rail, bank
 from tests.broker import Broker
@@ -34,7 +35,7 @@ from tests.endpoint import Endpoint, endpoint
 from tests.factories import Merchant, add_funded_merchant, create_body, execute, fetch
 from tests.flows import desk
 from tests.private import CARD, PIN, PRIVATE, WALLET, readable, unreadable
-from tests.stack import ROOT, Process, Stack, eventually, free_port, stack
+from tests.stack import ROOT, Process, Stack, eventually, stack
 from tests.wire import BALANCE, PAYOUTS, Gateway, signed_headers, signed_request
 
 # Every run of so many characters of a secret, or of a recipient, is looked for; fewer might stand there by chance.
@@ -186,7 +187,7 @@ class Life:
         broker = URL(self.broker.url).with_password(WRONG_PASSWORD)
         for role, variables, event in (
             ("worker sweep", {"DATABASE_URL": database.render_as_string(hide_password=False)}, LogEvent.ROUND_FAILED),
-            ("gateway", {"AMQP_URL": str(broker), "PORT": str(free_port())}, LogEvent.BROKER_UNREACHABLE),
+            ("gateway", {"AMQP_URL": str(broker), "PORT": str(choose_port())}, LogEvent.BROKER_UNREACHABLE),
         ):
             locked_out = await self.running.launch(*role.split(), **variables)
             self.processes.append(locked_out)

@@ -14,10 +14,11 @@ from common.db.engine import in_transaction
 from common.db.lanes import Lease, Room, claim_told_of
 from common.domain.ids import EVENT, PAYOUT, render_id
 from ops.onboarding import add_key
+from ops.ports import choose_port
 from tests.factories import ACTOR, Merchant, execute, fetch
 from tests.faults.receiver import Receiver, receiver
 from tests.flows import Desk, desk
-from tests.stack import eventually, free_port, http_status
+from tests.stack import eventually, http_status
 from tests.wire import PAYOUTS, TIME, Answer, Gateway, Refusal, read_refusal
 from worker.callbacks.deliver import Deliverer
 from worker.callbacks.send import open_session
@@ -440,8 +441,8 @@ async def test_a_body_that_is_none_is_refused_by_its_field(
 async def test_workers_are_told_so_that_it_leaves_at_once(gateway: Gateway, working: Desk) -> None:
     """Seen at a gateway whose broker is away: it counts what it would have said."""
     merchant, event_id = await told(gateway, working)
-    port = free_port()
-    amqp_url = f"amqp://guest:guest@127.0.0.1:{free_port()}/"
+    port = choose_port()
+    amqp_url = f"amqp://guest:guest@127.0.0.1:{choose_port()}/"
     process = await gateway.stack.launch("gateway", PORT=str(port), AMQP_URL=amqp_url)
 
     async def lives() -> bool:

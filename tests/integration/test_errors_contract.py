@@ -6,8 +6,9 @@ from uuid import uuid4
 
 import pytest
 
+from ops.ports import choose_port
 from tests.factories import create_body, execute
-from tests.stack import eventually, free_port, http_status
+from tests.stack import eventually, http_status
 from tests.wire import (
     BALANCE,
     PAYOUTS,
@@ -286,8 +287,8 @@ async def test_a_database_that_does_not_answer_in_time_is_answered_with_503(gate
 async def test_a_database_out_of_reach_is_answered_with_503_and_no_merchant_is_told_that_its_key_is_wrong(
     gateway: Gateway,
 ) -> None:
-    merchant, port = await gateway.merchant(), free_port()
-    url = f"postgresql://payouts@127.0.0.1:{free_port()}/payouts"
+    merchant, port = await gateway.merchant(), choose_port()
+    url = f"postgresql://payouts@127.0.0.1:{choose_port()}/payouts"
     process = await gateway.stack.launch("gateway", PORT=str(port), DATABASE_URL=url)
 
     async def lives() -> bool:

@@ -10,9 +10,10 @@ import pytest_asyncio
 from sqlalchemy.engine import make_url
 
 from common.log import LogEvent
+from ops.ports import choose_port
 from tests.factories import create_body, execute
 from tests.private import CARD, FIELDS, PIN, PRIVATE, WALLET, readable, unreadable
-from tests.stack import DEADLINE_SECONDS, eventually, free_port
+from tests.stack import DEADLINE_SECONDS, eventually
 from tests.wire import BALANCE, PAYOUTS, Gateway, signed_headers, signed_request
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -42,7 +43,7 @@ class Heard:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def heard(gateway: Gateway) -> AsyncIterator[Heard]:
     """A gateway that was asked everything, and then had a fault."""
-    merchant, port = await gateway.merchant(), free_port()
+    merchant, port = await gateway.merchant(), choose_port()
     process = await gateway.stack.start("gateway", PORT=str(port))
     asked = Gateway(gateway.stack, port, gateway.owner)
     requests = readable(merchant)

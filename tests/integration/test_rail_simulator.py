@@ -17,9 +17,10 @@ import pytest
 from aiohttp import web
 
 from common.domain.signing import parse_timestamp, sign_answer, sign_v1
+from ops.ports import choose_port
 from ops.simulator.ledger import Ledger
 from ops.simulator.moods import MOODS, Fate, Manner, SeededMood, Telling
-from tests.stack import ROOT, eventually, free_port
+from tests.stack import ROOT, eventually
 
 SECRET = "rk_simulated"
 PAY = {"reference": "po_1", "amount_minor": 1000, "currency": "BDT", "recipient": {"number": "01712345678"}}
@@ -84,7 +85,7 @@ class Simulator:
 
 @pytest.fixture
 async def simulator(tmp_path: Path) -> AsyncIterator[Simulator]:
-    made = Simulator(free_port(), tmp_path / "bank.sqlite")
+    made = Simulator(choose_port(), tmp_path / "bank.sqlite")
     yield made
     if made.process is not None and made.process.returncode is None:
         await made.end()

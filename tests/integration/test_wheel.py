@@ -19,10 +19,11 @@ from typing import Any, Final
 import pytest
 
 from migrations.run import newest_revision
+from ops.ports import choose_port
 from tests.conftest import Server
 from tests.factories import environment
 from tests.flows import cloned
-from tests.stack import DEADLINE_SECONDS, ROOT, eventually, free_port, http_status
+from tests.stack import DEADLINE_SECONDS, ROOT, eventually, http_status
 
 PROJECT: Final[dict[str, Any]] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 REQUIRED: Final = ("DATABASE_URL", "PAYOUTS_CONTENT_KEY", "PAYOUTS_MASTER_KEYS")
@@ -140,12 +141,12 @@ async def test_it_migrates_a_database_and_serves_on_it(server: Server, installed
         assert json.loads(migrated.stdout) == {"revision": newest_revision()}
 
         for arguments in (("payouts-gateway",), ("payouts-worker", "all")):
-            admin_port = free_port()
+            admin_port = choose_port()
             process = await asyncio.create_subprocess_exec(
                 installed.command(arguments[0]),
                 *arguments[1:],
                 cwd=installed.folder,
-                env={**variables, "PORT": str(free_port()), "PAYOUTS_ADMIN_PORT": str(admin_port)},
+                env={**variables, "PORT": str(choose_port()), "PAYOUTS_ADMIN_PORT": str(admin_port)},
                 stdout=asyncio.subprocess.DEVNULL,
             )
             try:
