@@ -17,12 +17,17 @@ from uuid import uuid4
 import asyncpg
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 from sqlalchemy.engine import make_url
 
 from migrations.run import upgrade
 from ops.postgres import DATABASE, Cluster, choose_home
 
 pytest_plugins = ["tests.broker"]
+
+# No test is about how fast an example is made or judged, on a machine that others use too.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 _FOLDER: Final = "payouts-tests-"
 
