@@ -38,12 +38,12 @@ _CLIENTS: Final = 8
 _TICK_MILLISECONDS: Final = 200
 _FILLERS_MAX: Final = 1_000
 
-# Leases as short as the settings allow, so that a killed worker's payouts come back within a test.
+# Leases so short that a killed worker's payouts come back within a test, and calls that no pause of a busy machine ends.
 SHORT_LEASES: Final = {
-    "PAYOUTS_SETTLE_LEASE_SECONDS": "6",
-    "PAYOUTS_RAIL_TIMEOUT_SECONDS": "1",
-    "PAYOUTS_CALLBACK_LEASE_SECONDS": "7",
-    "PAYOUTS_CALLBACK_TIMEOUT_SECONDS": "2",
+    "PAYOUTS_RAIL_TIMEOUT_SECONDS": "10",
+    "PAYOUTS_SETTLE_LEASE_SECONDS": "15",
+    "PAYOUTS_CALLBACK_TIMEOUT_SECONDS": "10",
+    "PAYOUTS_CALLBACK_LEASE_SECONDS": "15",
 }
 
 

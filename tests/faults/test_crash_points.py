@@ -336,7 +336,7 @@ async def test_a_claim_that_answers_after_its_lease_makes_no_call(
         late = await start_behind(on, network, "settle")
         await until_failed(network)
         # The lease passes by itself: this is about the clock of the one who is late.
-        await on.running.start("worker", "settle")
+        await on.running.start("worker", "settle", **LONG)
         await on.until("success")
         network.release()
         assert await late.stop() == 0
@@ -436,11 +436,13 @@ async def test_a_worker_paused_in_a_delivery_changes_nothing_when_it_wakes_up(
 ) -> None:
     async with settled_scene(owner, config, superuser, **SHORT) as on:
         on.receiver.answering.clear()
-        worker = await on.running.start("worker", "callbacks")
+        # Time enough to be paused while it waits.
+        patience = {"PAYOUTS_CALLBACK_TIMEOUT_SECONDS": "5", "PAYOUTS_CALLBACK_LEASE_SECONDS": "10"}
+        worker = await on.running.start("worker", "callbacks", **patience)
         await on.until_received(1)
         worker.send(signal.SIGSTOP)
         on.receiver.answering.set()
-        await on.running.start("worker", "callbacks")
+        await on.running.start("worker", "callbacks", **LONG)
         await on.until_told()
         finished = await fetch(owner, "SELECT finished_at FROM callbacks")
         worker.send(signal.SIGCONT)

@@ -86,7 +86,7 @@ async def test_whatever_is_killed_every_answered_payout_is_there_once_and_ends_a
 async def test_two_workers_of_each_role_settle_and_tell_everything_once(
     database_url: str, owner: Engine, config: Settings
 ) -> None:
-    async with receiver() as endpoint, stack(database_url, **SHORT) as running:
+    async with receiver() as endpoint, stack(database_url) as running:
         merchant = await add_funded_merchant(owner, config, webhook_url=endpoint.url)
         await running.start("gateway")
         async with sender(running.base_url, merchant) as send:

@@ -111,7 +111,7 @@ async def test_begins_nothing_more_while_it_leaves(stage: Scene) -> None:
     rows = await fetch(stage.owner, "SELECT count(*) AS n FROM payout_attempts WHERE finished_at IS NULL")
     assert rows[0].n == 0, "a call was begun that nobody finished"
     assert len(await fetch(stage.owner, "SELECT 1 FROM payouts WHERE state = 'queued'")) >= 15
-    await _others_take_over(stage, gateway)
+    await _others_take_over(stage, gateway, **hanging)
 
 
 async def test_leaves_when_neither_database_nor_broker_answer(stage: Scene, database_url: str) -> None:
@@ -172,9 +172,9 @@ async def test_loses_nothing_while_workers_come_and_go(stage: Scene) -> None:
         await stage.assert_all_well()
 
 
-async def _others_take_over(stage: Scene, gateway: Process) -> None:
+async def _others_take_over(stage: Scene, gateway: Process, **overrides: str) -> None:
     """Nobody alive has a lease: let it run out, and a new worker come."""
     await stage.travel()
-    worker = await stage.start("worker", "all")
+    worker = await stage.start("worker", "all", **overrides)
     await stage.assert_work_flows(gateway, worker)
     await stage.assert_all_well()

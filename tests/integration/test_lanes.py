@@ -253,7 +253,7 @@ async def test_a_dead_receiver_with_thousands_waiting_delays_nobody_and_never_ha
     async with (
         hanging() as port,
         endpoint() as receiver,
-        delivering(yard, callback_concurrency=64, callback_timeout_seconds=1.0) as deliverer,
+        delivering(yard, callback_concurrency=64, callback_timeout_seconds=5.0) as deliverer,
     ):
         dead = await yard.desk.merchant()
         await yard.wait(dead, f"http://127.0.0.1:{port}", count=3_000, latency_ms=None)
