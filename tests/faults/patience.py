@@ -19,3 +19,10 @@ LONG: Final = {
     "PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS": "40",
     "PAYOUTS_DRAIN_SECONDS": "20",
 }
+# Gateways wait for a lock for longer than a test holds it, or waits for anything.
+UNHURRIED_SECONDS: Final = 60.0
+UNHURRIED: Final = {
+    "PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS": "60",
+    "PAYOUTS_ACCEPT_WAIT_SECONDS_MAX": "60",
+    "PAYOUTS_REQUEST_SECONDS_MAX": "90",
+}

@@ -25,6 +25,7 @@ from tests.faults.merchants import (
     sender,
 )
 from tests.faults.outcome import FUNDS, assert_rail_agrees, assert_stored_once, assert_whole
+from tests.faults.patience import UNHURRIED
 from tests.faults.receiver import receiver
 from tests.stack import Process, Stack, eventually, stack
 
@@ -141,7 +142,7 @@ async def test_one_sigterm_lets_a_gateway_answer_everything_it_had_begun(
     database_url: str, owner: Engine, config: Settings, superuser: Superuser
 ) -> None:
     merchant = await add_funded_merchant(owner, config)
-    async with stack(database_url) as running, sender(running.base_url, merchant) as send:
+    async with stack(database_url, **UNHURRIED) as running, sender(running.base_url, merchant) as send:
         gateway = await running.start("gateway")
         async with account_locked(owner, merchant.shop.id):
             waiting = [asyncio.create_task(send.create(create_body())) for _ in range(50)]

@@ -23,6 +23,7 @@ from tests.faults.merchants import (
     raw_request,
     sender,
 )
+from tests.faults.patience import UNHURRIED
 from tests.faults.proxy import CommitFault, Proxy, proxy
 from tests.stack import Process, eventually, stack
 
@@ -305,7 +306,7 @@ async def test_hanging_up_before_the_answer_leaves_a_whole_payout(
     database_url: str, owner: Engine, config: Settings, superuser: Superuser
 ) -> None:
     merchant = await add_funded_merchant(owner, config)
-    async with stack(database_url) as running:
+    async with stack(database_url, **UNHURRIED) as running:
         process = await running.start("gateway")
         body = create_body()
         async with account_locked(owner, merchant.shop.id):

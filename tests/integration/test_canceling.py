@@ -419,7 +419,8 @@ async def test_many_cancels_of_a_busy_shop_leave_connections_to_everybody_else(
     busy, other = await working.merchant(), await working.merchant()
     ids = await working.create_many(busy, 20)
     names = [await external_id(working, payout_id) for payout_id in ids]
-    async with stack(database_url, PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS="3") as running:
+    patience = {"PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS": "20", "PAYOUTS_REQUEST_SECONDS_MAX": "30"}
+    async with stack(database_url, **patience) as running:
         await running.start("gateway")
         async with client(running.base_url, busy) as busy_sender, client(running.base_url, other) as sender:
             async with working.owner.begin() as tx:
