@@ -38,7 +38,15 @@ async def gateway_behind_proxy(
     async with proxy(database_url) as network, stack(network.url, **overrides) as running:
         process = await running.start("gateway")
         async with sender(running.base_url, merchant) as send:
-            assert (await send.request("GET", "/api/v1/balance")).status == 200
+
+            async def served() -> bool:
+                answer = await send.request("GET", "/api/v1/balance")
+                if answer.status != 200:
+                    answer.assert_unavailable()
+                return answer.status == 200
+
+            # Its first statements take long, on connections that are new, and may be given up.
+            await eventually(served, "the merchant is served")
             yield network, send, process
 
 
@@ -110,6 +118,7 @@ async def test_a_commit_that_never_answers_is_a_503_in_time_and_counts_once(
         PAYOUTS_ACCEPT_WAIT_SECONDS_MAX="1",
         PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS="0.5",
     ) as (network, send, _):
+        await create_until_answered(send, create_body())
         network.fail_commits(CommitFault.HOLD_ANSWER)
         body = create_body(amount="30.00")
         first = await send.create(body)
@@ -203,9 +212,9 @@ async def test_a_database_that_keeps_silent_is_a_503_in_time_and_heals_by_itself
         PAYOUTS_DATABASE_CONNECT_TIMEOUT_SECONDS="1",
         PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS="0.5",
     ) as (network, send, process):
-        warm, body = create_body(), create_body()
-        assert (await send.create(warm)).status == 201
+        await create_until_answered(send, create_body())
         network.black_hole()
+        body = create_body()
         answers = await asyncio.gather(*(send.create(body) for _ in range(20)))
         for answer in answers:
             answer.assert_unavailable()
