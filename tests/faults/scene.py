@@ -193,6 +193,15 @@ class Scene:
         """Messages for settlement that a gateway offered, by what came of them."""
         return await total([gateway], "payouts_messages_published_total", work="settle", outcome=outcome)
 
+    async def all_confirmed(self, gateway: Process) -> None:
+        """Return when none of a gateway's messages waits for its confirm."""
+
+        async def none_waits() -> bool:
+            (left,) = await self.samples(gateway, "payouts_messages_unconfirmed")
+            return left == 0
+
+        await eventually(none_waits, "no publish waits for its confirm")
+
     async def assert_work_flows(self, gateway: Process, *workers: Process) -> None:
         """New payouts travel by message again: published, confirmed, consumed, and sooner than a scan would look."""
         await self.wait_connected(gateway, *workers)

@@ -82,16 +82,17 @@ async def test_takes_no_message_any_more_while_it_leaves(stage: Scene) -> None:
     async with stage.delivery_limit(5):
         await stage.create(1, card_number=SILENT)
         await a_call_hangs(stage)
+        await stage.all_confirmed(gateway)
         confirmed = await stage.published(gateway, "confirmed")
         exit_code = asyncio.create_task(worker.stop())
         await is_leaving(worker)
         await stage.create(30)
         assert await exit_code == 0
-        waiting = await stage.published(gateway, "confirmed") - confirmed
-        assert waiting >= 30
+        await stage.all_confirmed(gateway)
+        assert await stage.published(gateway, "confirmed") == confirmed + 30
 
         async def all_wait() -> bool:
-            return (await stage.depths())[stage.topology.queue(Work.SETTLE, 0)] == (waiting, 0)
+            return (await stage.depths())[stage.topology.queue(Work.SETTLE, 0)] == (30, 0)
 
         await eventually(all_wait, "the messages wait for another worker", 10)
     await _others_take_over(stage, gateway)
