@@ -21,7 +21,9 @@ from common.process import end_tasks
 from tests.broker import Broker
 from tests.factories import environment, execute, fetch
 from tests.faults.amqp_proxy import ACK, DELIVER, AmqpProxy, Fate, Way
-from tests.faults.proxy import Proxy
+from tests.faults.locks import Superuser, locked, until_waiting
+from tests.faults.patience import LONG
+from tests.faults.proxy import CommitFault, Proxy
 from tests.faults.proxy import proxy as database_proxy
 from tests.faults.scene import LAG_SECONDS_MAX, Parked, Scene, control, declare_all
 from tests.stack import eventually
@@ -311,31 +313,37 @@ async def test_settles_at_once_what_was_claimed_when_the_connection_broke(
     "point", ["before the claim is committed", "between the claim's commit and the acknowledgement"]
 )
 async def test_settles_once_when_a_worker_is_killed(
-    stage: Scene, proxy: AmqpProxy, slow_database: Proxy, point: str
+    stage: Scene, proxy: AmqpProxy, slow_database: Proxy, superuser: Superuser, point: str
 ) -> None:
-    """Fault: kill -9 of a worker with a message in hand, at that point; its database answers late, so that there is time."""
-    gateway = await stage.start("gateway")
-    worker = await stage.start("worker", "settle", AMQP_URL=proxy.url, DATABASE_URL=slow_database.url)
+    """Fault: kill -9 of a worker with a message in hand, at that point: its claim waits for a table, or for COMMIT's answer."""
+    gateway, before = await stage.start("gateway"), point.startswith("before")
+    worker = await stage.start("worker", "settle", AMQP_URL=proxy.url, DATABASE_URL=slow_database.url, **LONG)
     await stage.start("worker", "callbacks")
     await stage.create(1)
     await stage.assert_work_flows(gateway, worker)
     delivered = proxy.counts[Way.DOWN, DELIVER]
-    slow_database.delay(0.5)
-    (external_id,) = await stage.create(1)
+    async with locked(stage.owner, "LOCK TABLE payout_attempts IN SHARE MODE"):
+        (external_id,) = await stage.create(1)
 
-    async def is_sending() -> bool:
-        query = "SELECT 1 FROM payouts WHERE external_id = :id AND state = 'sending'"
-        return bool(await fetch(stage.owner, query, id=external_id))
+        async def is_sending() -> bool:
+            query = "SELECT 1 FROM payouts WHERE external_id = :id AND state = 'sending'"
+            return bool(await fetch(stage.owner, query, id=external_id))
 
-    async def there() -> bool:
-        # The claim takes several round trips to the database, and its commit is half a second from being known.
-        return proxy.counts[Way.DOWN, DELIVER] > delivered if point.startswith("before") else await is_sending()
+        async def in_hand() -> bool:
+            return proxy.counts[Way.DOWN, DELIVER] > delivered
 
-    await eventually(there, point)
-    await worker.kill()
-    assert await is_sending() is not point.startswith("before")
+        await eventually(in_hand, "the message is delivered")
+        await until_waiting(superuser, "settle", "payout_attempts")
+        if before:
+            await worker.kill()
+        else:
+            # Of all that the worker writes from now on: the claim need not be the first.
+            slow_database.fail_commits(CommitFault.HOLD_ANSWER, count=100)
+    if not before:
+        await eventually(is_sending, "the claim is committed")
+        await worker.kill()
+    assert await is_sending() is not before
     assert proxy.unacknowledged == 1
-    slow_database.delay(0)
     await stage.travel()
     other = await stage.start("worker", "settle")
 
