@@ -41,6 +41,8 @@ SCRAPE_SECONDS: Final = 0.5
 
 # Until an alarm fires, or is over, and until a command is done.
 PATIENCE_SECONDS: Final = 180.0
+# Until one fires again that a single scrape has ended, by coming late: what it waits for, and the window of its rates.
+LAPSE_SECONDS: Final = 3.0 * HASTY_SECONDS_MAX
 COMMAND_SECONDS: Final = 90.0
 # Commands at the same time: each is a Python that starts.
 COMMANDS_MAX: Final = 3
@@ -171,8 +173,10 @@ class Range:
         drilled.fired_seconds = monotonic() - began
         self.say(alarm, f"fires after {drilled.fired_seconds:.1f} s")
         await self.run(f"{alarm}, look", page.look)
-        if await asyncio.to_thread(self.prometheus.state, alarm) != "firing":
-            raise DrillFailed(f"{alarm} is over before anybody has mended anything")
+        try:
+            await self._wait(alarm, "firing", LAPSE_SECONDS)
+        except DrillFailed as failure:
+            raise DrillFailed(f"before anybody has mended anything, {failure}") from None
         await self.run(f"{alarm}, mend", page.mend)
         began = monotonic()
         drilled.states.append(await self._wait(alarm, "inactive"))
@@ -217,11 +221,11 @@ class Range:
                 os.killpg(shell.pid, signal.SIGKILL)
             await shell.wait()
 
-    async def _wait(self, alarm: str, wanted: str) -> str:
-        ends_at = monotonic() + PATIENCE_SECONDS
+    async def _wait(self, alarm: str, wanted: str, seconds: float = PATIENCE_SECONDS) -> str:
+        ends_at = monotonic() + seconds
         while (state := await asyncio.to_thread(self.prometheus.state, alarm)) != wanted:
             if monotonic() > ends_at:
-                raise DrillFailed(f"{alarm} is not {wanted} after {PATIENCE_SECONDS:g} s, but {state}")
+                raise DrillFailed(f"{alarm} is not {wanted} after {seconds:g} s, but {state}")
             await asyncio.sleep(_POLL_SECONDS)
         return state
 
