@@ -126,7 +126,8 @@ _LOCK_SHARES, _LOCK_FREE_SHARES = text(_SHARES_OF_LANES), text(f"{_SHARES_OF_LAN
 # takes none away. What a lane has earned above the unknown is its own; the rest is shared by the lanes of its merchant.
 #
 # Callbacks and events are found by their ids alone: what is not distinct cannot be looked up, and a range is worth its order.
-# While there is nothing, a session might as well choose to go through an index for the shop, and would keep to it.
+# While there is nothing, a session might as well choose to go through an index for the shop, and would keep to it. What is
+# taken is changed where it stands: of a flood the planner expects so many that it would rather read all that waits.
 _CLAIM = text(
     """
     WITH wanted AS (
@@ -153,10 +154,10 @@ _CLAIM = text(
            FROM callback_lanes a WHERE a.merchant_id = l.merchant_id AND a.in_flight > 0) merchant),
     ranked AS (
       SELECT lanes.id AS lane_id, lanes.merchant_id, lanes.taken_at, lanes.slow, lanes.earned, lanes.merchant_room,
-             lanes.worker_room, d.event_id, d.shop_id, d.step,
+             lanes.worker_room, d.event_id, d.shop_id, d.step, d.row_place,
              row_number() OVER (PARTITION BY lanes.id ORDER BY d.due_at, d.event_id) AS place
         FROM lanes CROSS JOIN LATERAL (
-         SELECT d.event_id, d.shop_id, d.step, d.due_at FROM callback_due d
+         SELECT d.event_id, d.shop_id, d.step, d.due_at, d.ctid AS row_place FROM callback_due d
           WHERE d.lane_id = lanes.id AND d.lease_token IS NULL AND d.due_at <= now()
           ORDER BY d.due_at LIMIT least(lanes.room, CAST(:each_max AS int)) FOR UPDATE SKIP LOCKED) d),
     of_lanes AS (
@@ -183,7 +184,7 @@ _CLAIM = text(
       UPDATE callback_due d
          SET lease_token = CAST(:token AS uuid), attempts_made = d.attempts_made + 1, in_lane = true,
              due_at = now() + make_interval(secs => CAST(:lease_seconds AS float8))
-        FROM taken WHERE d.event_id = taken.event_id AND d.shop_id = taken.shop_id
+        FROM taken WHERE d.ctid = taken.row_place
       RETURNING d.event_id, d.shop_id, d.lane_id, d.step, d.attempts_made, d.resume_at, taken.slow, taken.merchant_id)
     SELECT wanted.lane_id, r.event_id, r.shop_id, r.merchant_id, r.step, r.attempts_made AS attempt_no, r.slow,
            r.resume_at, c.url, c.payout_id, c.payin_id, c.traceparent, e.body, s.callback_http, s.callback_ports,
