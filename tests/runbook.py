@@ -41,7 +41,7 @@ SCRAPE_SECONDS: Final = 0.5
 
 # Until an alarm fires, or is over, and until a command is done.
 PATIENCE_SECONDS: Final = 180.0
-# Until one fires again that a single scrape has ended, by coming late: what it waits for, and the window of its rates.
+# A scrape that comes late can end an alarm for a moment. Then it waits again, for its `for` and the window of its rates.
 LAPSE_SECONDS: Final = 3.0 * HASTY_SECONDS_MAX
 COMMAND_SECONDS: Final = 90.0
 # Commands at the same time: each is a Python that starts.

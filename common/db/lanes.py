@@ -127,7 +127,8 @@ _LOCK_SHARES, _LOCK_FREE_SHARES = text(_SHARES_OF_LANES), text(f"{_SHARES_OF_LAN
 #
 # Callbacks and events are found by their ids alone: what is not distinct cannot be looked up, and a range is worth its order.
 # While there is nothing, a session might as well choose to go through an index for the shop, and would keep to it. What is
-# taken is changed where it stands: of a flood the planner expects so many that it would rather read all that waits.
+# taken is updated by its ctid: of a flood the planner expects so many that by their ids it would read all that waits. A row
+# that somebody has written since this statement began is left to the next look, as in `common.db.due`.
 _CLAIM = text(
     """
     WITH wanted AS (

@@ -121,7 +121,8 @@ class Question:
     is_over: bool
 
 
-# Changed where it stands, and one probe for each: of a flood the planner expects so many that it would rather read all.
+# Updated by ctid, and one probe for each payin: of a flood the planner expects so many that it would read all that waits. A row
+# that somebody has written since this statement began is left to the next look, as in `common.db.due`.
 _CLAIM = text(
     """
     WITH picked AS (

@@ -4,15 +4,14 @@ import base64
 import hashlib
 import hmac
 import re
-from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Final
+
+from common.domain.times import parse_time
 
 V1_PREFIX: Final = "v1="
 WEBHOOK_SECRET_PREFIX: Final = "whsec_"  # noqa: S105 how the secrets of Standard Webhooks begin
 
-# Hour 24 is none: whether Python's own parser takes it depends on its version.
-_ISO_UTC: Final = re.compile(r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{1,6})?Z", re.ASCII)
 _UNIX_SECONDS: Final = re.compile(r"\d{1,11}", re.ASCII)
 
 
@@ -47,12 +46,8 @@ def parse_timestamp(text: str) -> float | None:
     """Unix seconds of an `X-Timestamp` (Unix seconds, or ISO-8601 UTC ending in Z), or None when it is neither."""
     if _UNIX_SECONDS.fullmatch(text):
         return float(text)
-    if not _ISO_UTC.fullmatch(text):
-        return None
-    try:
-        return datetime.fromisoformat(text.removesuffix("Z")).replace(tzinfo=UTC).timestamp()
-    except ValueError:
-        return None
+    moment = parse_time(text) if text.endswith("Z") else None
+    return None if moment is None else moment.timestamp()
 
 
 def sign_webhook(secrets: list[str], webhook_id: str, timestamp: int, body: bytes) -> str:

@@ -37,7 +37,7 @@ SHORT = {
     "PAYOUTS_SANDBOX_SETTLE_SECONDS": "1",
     "PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS": "5",
 }
-KILLS_MIN, KILLS_MAX = 3, 20
+KILLS_MIN, KILLS_MAX = 3, 10
 ROLES = (("gateway",), ("gateway",), ("worker", "settle"), ("worker", "callbacks"), ("worker", "sweep"))
 
 

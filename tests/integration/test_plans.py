@@ -544,7 +544,7 @@ async def test_claiming_and_recording_a_batch_scans_nothing(crowd: Crowd, outcom
 
 @pytest.fixture(params=["crowd", "flood"])
 def many(request: pytest.FixtureRequest) -> Crowd:
-    """Either of them."""
+    """A crowd of which the planner knows nothing, or a flood of which it knows all."""
     found: Crowd = request.getfixturevalue(request.param)
     return found
 
@@ -576,6 +576,15 @@ async def test_what_a_batch_of_callbacks_reads_of_a_flood_does_not_grow_with_it(
         assert claimed
         await _assert_read_few(tx)
         await record_attempts(tx, [Delivered(item, token, attempt, 0.0, 0.0) for item in claimed], now=0.0)
+        await _assert_read_few(tx)
+
+
+async def test_what_a_claim_of_questions_reads_of_a_flood_does_not_grow_with_it(flood: Crowd) -> None:
+    async with desk(flood.url) as working, working.worker.connect() as tx:
+        questions = await claim_questions(
+            tx, rail="sandbox", token=uuid4(), lease_seconds=60.0, claim_max=32, lag_seconds=0.0
+        )
+        assert len(questions) == 32
         await _assert_read_few(tx)
 
 
