@@ -71,7 +71,7 @@ SCENARIOS: Final = {
     ),
     "latency": Scenario(
         lambda on, o, progress: latency.measure(
-            on, seconds=o.latency_seconds, rates=o.rates, carriers=o.carriers, progress=progress
+            on, seconds=o.latency_seconds, rates=o.rates, turns=o.turns, carriers=o.carriers, progress=progress
         ),
         latency.render,
         latency.draw,
@@ -89,6 +89,7 @@ SCENARIOS: Final = {
             rate=o.end_to_end_rate,
             seconds=o.end_to_end_seconds,
             merchants=o.merchants,
+            turns=o.turns,
             carriers=o.carriers,
             progress=progress,
         ),
@@ -103,6 +104,9 @@ SCENARIOS: Final = {
             minutes=o.minutes,
             rate=o.load_rate,
             seconds=o.accept_seconds,
+            latency_seconds=o.latency_seconds,
+            whole_rate=o.end_to_end_rate,
+            whole_seconds=o.end_to_end_seconds,
             payouts=o.payouts,
             turns=o.turns,
             carrier=o.carriers[0],
@@ -163,15 +167,15 @@ async def run(scenario: Scenario, options: Options, console: Console) -> dict[st
     "--carrier", "carriers", type=click.Choice(list(_CARRIERS)), multiple=True, default=list(_CARRIERS), show_default=True,
     help="What carries the work, each in its turn; the first one for growth.",
 )  # fmt: skip
-@click.option(
-    "--turns", default=3, show_default=True, help="accept, settle, callbacks, growth: how often; the median counts."
-)
+@click.option("--turns", default=3, show_default=True, help="All but isolation and soak: how often; the median counts.")
 @click.option("--accept-seconds", default=5.0, show_default=True, help="accept, growth: how long each.")
-@click.option("--latency-seconds", default=20.0, show_default=True, help="latency: how long each.")
+@click.option("--latency-seconds", default=20.0, show_default=True, help="latency, growth: how long each.")
 @click.option("--rates", default=(100, 500, 1000, 2000), show_default=True, multiple=True, help="latency: each rate.")
 @click.option("--payouts", default=40_000, show_default=True, help="settle, growth: how many wait at the start.")
-@click.option("--end-to-end-rate", default=2_100, show_default=True, help="end-to-end: how many payouts a second.")
-@click.option("--end-to-end-seconds", default=60.0, show_default=True, help="end-to-end: how long.")
+@click.option(
+    "--end-to-end-rate", default=2_100, show_default=True, help="end-to-end, growth: how many payouts a second."
+)
+@click.option("--end-to-end-seconds", default=60.0, show_default=True, help="end-to-end, growth: how long.")
 @click.option("--merchants", default=1, show_default=True, help="end-to-end: of how many merchants.")
 @click.option("--history", default=5_000_000, show_default=True, help="growth: how many payouts of the past.")
 @click.option(

@@ -17,11 +17,12 @@ from rich.table import Table
 
 from bench import baseline
 from bench.answers import Answers, check, count_differing, send
+from bench.figures import count_of
 from bench.filling import Shop, add_senders, add_shops
 from bench.goals import Goal, render_goals
 from bench.load import Plan, Sender
 from bench.picture import Bar, Bars, Chart
-from bench.scene import RABBITMQ, Scene
+from bench.scene import RABBITMQ, Scene, numbered
 from common.db.invariants import verify
 
 PATH: Final = "/api/v1/payouts"
@@ -84,7 +85,7 @@ async def gather_crowds(on: Scene) -> list[Crowd]:
 
 def name_of(crowd: str, gateways: int, carrier: str) -> str:
     """How one of ours is called in the results."""
-    return f"{crowd}, {gateways} gateway{'s' if gateways > 1 else ''}, {carrier}"
+    return f"{crowd}, {count_of(gateways, 'gateway')}, {carrier}"
 
 
 async def measure(
@@ -127,7 +128,7 @@ async def run_ours(
     on: Scene, crowd: Crowd, gateways: int, carrier: str, prefix: str, *, seconds: float, progress: Progress
 ) -> Figure:
     """The product, with so many gateways and nobody who settles."""
-    async with on.running(*(f"gateway-{number}" for number in range(1, gateways + 1)), carrier=carrier):
+    async with on.running(*numbered("gateway", gateways), carrier=carrier):
         before = await on.usage()
         name = name_of(crowd.name, gateways, carrier)
         answers = await send(_plan(on.gateway_port, PATH, crowd, prefix, seconds), progress, name)

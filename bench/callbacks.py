@@ -20,9 +20,10 @@ from rich.progress import Progress
 from rich.table import Table
 from sqlalchemy import text
 
+from bench.figures import count_of
 from bench.filling import Shop, add_shops, fill
 from bench.picture import Bar, Bars, Chart
-from bench.scene import Scene
+from bench.scene import Scene, numbered
 from common.db.engine import in_transaction
 from common.domain.ids import EVENT, render_id
 from ops import database
@@ -102,7 +103,7 @@ async def _take_turn(on: Scene, shops: Sequence[Shop], outcome: Outcome, progres
     await on.forget()
     bare, bare_cost = await _post_bare(on, event_ids)
     await on.forget()
-    names = [f"callbacks-{number}" for number in range(1, outcome.workers + 1)]
+    names = numbered("callbacks", outcome.workers)
     async with on.running(*names, carrier=outcome.carrier):
         before = await on.usage()
         ours = await _until_recorded(on, len(event_ids))
@@ -176,7 +177,7 @@ async def _count_differing(on: Scene, event_ids: Sequence[UUID]) -> int:
 
 def _name(case: dict[str, Any]) -> str:
     workers = case["workers"]
-    return f"{case['callbacks']:,} to {case['merchants']:,}, {workers} worker{'s' if workers > 1 else ''}, {case['carrier']}"
+    return f"{case['callbacks']:,} to {case['merchants']:,}, {count_of(workers, 'worker')}, {case['carrier']}"
 
 
 def render(found: dict[str, Any]) -> Sequence[Table]:

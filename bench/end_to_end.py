@@ -1,8 +1,9 @@
 """The whole way at a steady rate: accepted, settled, delivered; and whether anything falls behind.
 
-An open loop brings payouts, two gateways accept, a worker of each role does the rest, the merchant answers its callbacks.
-The ages of what has been due for the longest are looked at all the time. Afterwards each answer is laid beside its
-payout, each payout beside its money, and each callback beside what the merchant saw.
+An open loop brings payouts, one gateway accepts, or two, a worker of each role does the rest, the merchant answers its
+callbacks. The ages of what has been due for the longest are looked at all the time. Afterwards each answer is laid beside
+its payout, each payout beside its money, and each callback beside what the merchant saw. Of each figure the median of
+the turns counts.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from statistics import median
 from typing import Any, Final
 
@@ -18,21 +20,20 @@ from rich.table import Table
 from sqlalchemy import text
 
 from bench import accept
-from bench.accept import draw_costs, render_costs
+from bench.accept import GATEWAYS, draw_costs, render_costs
 from bench.answers import IN_RUN, Answers, check, in_run, send
-from bench.figures import Spread, spread_of
+from bench.figures import Spread, count_of, spread_of
 from bench.filling import Shop, add_senders, add_shops
 from bench.goals import Goal, render_goals
 from bench.load import Plan, Sender
 from bench.picture import Bar, Bars, Chart, Lines
-from bench.scene import Scene
+from bench.scene import Scene, numbered
 from bench.settle import count_unsettled
 from common.db.ages import find_ages
 from common.db.engine import Tx, in_transaction
 from common.db.invariants import verify
 from common.domain.ids import EVENT, render_id
 
-PROCESSES: Final = ("gateway-1", "gateway-2", "settle", "callbacks", "sweep")
 GOAL_PER_SECOND: Final = 2000.0
 _CONNECTIONS: Final = 128
 _SAMPLE_SECONDS: Final = 0.5
@@ -64,18 +65,37 @@ class Delivered:
     differing: int
 
 
+def processes(gateways: int) -> list[str]:
+    """So many gateways, and a worker of each role."""
+    return [*numbered("gateway", gateways), "settle", "callbacks", "sweep"]
+
+
 async def measure(
-    on: Scene, *, rate: int, seconds: float, merchants: int, carriers: Sequence[str], progress: Progress
+    on: Scene,
+    *,
+    rate: int,
+    seconds: float,
+    merchants: int,
+    turns: int,
+    carriers: Sequence[str],
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Each carrier for that long."""
+    """One gateway and two, with each carrier for that long, turn about."""
     shops = await add_shops(on, "whole-way", [f"{on.origin(n)}/ok/callbacks" for n in range(merchants)])
     senders = await add_senders(on, shops)
-    cases = []
-    for place, carrier in enumerate(carriers):
-        await on.maintain()
-        await on.forget()
-        async with on.running(*PROCESSES, carrier=carrier):
-            cases.append(await run_load(on, shops, senders, carrier, f"whole-{place}-", rate, seconds, progress))
+    runs: dict[tuple[int, str], list[dict[str, Any]]] = {case: [] for case in product(GATEWAYS, carriers)}
+    done = progress.add_task("runs", total=turns * len(runs))
+    for turn in range(turns):
+        for place, ((gateways, carrier), taken) in enumerate(runs.items()):
+            await on.maintain()
+            await on.forget()
+            prefix = f"whole-{turn}-{place}-"
+            async with on.running(*processes(gateways), carrier=carrier):
+                taken.append(await run_load(on, shops, senders, carrier, prefix, rate, seconds, progress))
+            progress.advance(done)
+    cases = [
+        summarize(f"{count_of(gateways, 'gateway')}, {carrier}", taken) for (gateways, carrier), taken in runs.items()
+    ]
     return {
         "wanted_per_second": rate,
         "seconds": seconds,
@@ -100,7 +120,7 @@ async def run_load(
 ) -> dict[str, Any]:
     """Bring payouts at that rate for so long, wait for the last callback, and lay everything beside everything.
 
-    `PROCESSES` must run. `alone`: nobody else has callbacks.
+    What `processes` names must run. `alone`: nobody else has callbacks.
     """
     plan = Plan(
         port=on.gateway_port,
@@ -133,6 +153,21 @@ async def run_load(
         # What waits in a lane that is full is overdue to nobody; so what the merchants saw is judged as well.
         "flat": is_flat(ages.payout) and is_flat(ages.callback) and delivered.flat,
         "costs": asdict(costs),
+    }
+
+
+def summarize(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The medians of the turns of one case, and what was wrong in any of them. `growing`: in how many something fell behind."""
+    return {
+        "name": name,
+        "accepted_per_second": median(run["told"]["per_second"] for run in runs),
+        "delivered_per_second": median(run["delivered_per_second"] for run in runs),
+        **{figure: median(run["told"][figure] for run in runs) for figure in ("p50_ms", "p99_ms", "p99.9_ms")},
+        "lag": {figure: median(run["lag"][figure] for run in runs) for figure in ("p50", "p99", "max")},
+        "failed": sum(run["told"]["failed"] for run in runs),
+        "differing": sum(run["differing"] for run in runs),
+        "growing": sum(not run["flat"] for run in runs),
+        "turns": list(runs),
     }
 
 
@@ -224,66 +259,76 @@ async def lay_beside(
 
 
 def _goals(case: dict[str, Any]) -> list[Goal]:
-    carrier = case["carrier"]
+    name, most = case["name"], (len(case["turns"]) - 1) // 2
     return [
-        Goal(f"{carrier}: accepted", case["told"]["per_second"], "per second", least=GOAL_PER_SECOND),
-        Goal(f"{carrier}: delivered", case["delivered_per_second"], "per second", least=GOAL_PER_SECOND),
-        Goal(f"{carrier}: refused or without an answer", case["told"]["failed"], "", most=0),
-        Goal(f"{carrier}: lost, doubled or wrong", case["differing"], "", most=0),
-        Goal(f"{carrier}: ages or lags that grow", 0 if case["flat"] else 1, "", most=0),
+        Goal(f"{name}: accepted", case["accepted_per_second"], "per second", least=GOAL_PER_SECOND),
+        Goal(f"{name}: delivered", case["delivered_per_second"], "per second", least=GOAL_PER_SECOND),
+        Goal(f"{name}: refused or without an answer", case["failed"], "", most=0),
+        Goal(f"{name}: lost, doubled or wrong", case["differing"], "", most=0),
+        Goal(f"{name}: turns in which ages or lags grow", case["growing"], "", most=most),
     ]
 
 
 def render(found: dict[str, Any]) -> Sequence[Table]:
-    """Rates, latencies and ages, a row for each carrier; the goals; what it cost."""
+    """Rates, latencies and ages, a row for each case; the goals; what it cost."""
     title = (
         f"{found['wanted_per_second']:,} payouts per second for {found['seconds']:g} s,"
-        f" {found['merchants']:,} merchant{'s' if found['merchants'] > 1 else ''}"
+        f" {count_of(found['merchants'], 'merchant')}"
     )
-    rates = Table("carried by", "accepted/s", "delivered/s", "accept p50", "p99", "p99.9 ms", "records", title=title)
+    rates = Table(
+        "", "accepted/s", "delivered/s", "of each turn", "accept p50", "p99", "p99.9 ms", "records", title=title
+    )
     ages = Table(
-        "carried by", "201 to callback p50", "p99", "max", "oldest payout p50", "max", "oldest callback p50", "max", "",
+        "", "201 to callback p50", "p99", "max", "oldest payout p50", "max", "oldest callback p50", "max", "",
         title="seconds",
     )  # fmt: skip
     for case in found["cases"]:
-        told, lag = case["told"], case["lag"]
+        lag, turns = case["lag"], case["turns"]
         rates.add_row(
-            case["carrier"],
-            f"{told['per_second']:,.0f}",
+            case["name"],
+            f"{case['accepted_per_second']:,.0f}",
             f"{case['delivered_per_second']:,.0f}",
-            *(f"{told[name]:.1f}" for name in ("p50_ms", "p99_ms", "p99.9_ms")),
+            " ".join(f"{run['delivered_per_second']:,.0f}" for run in turns),
+            *(f"{case[name]:.1f}" for name in ("p50_ms", "p99_ms", "p99.9_ms")),
             ("nothing lost" if not case["differing"] else f"{case['differing']:,} differ")
-            + (f", {told['failed']:,} refused or without an answer" if told["failed"] else ""),
+            + (f", {case['failed']:,} refused or without an answer" if case["failed"] else ""),
         )
         ages.add_row(
-            case["carrier"],
+            case["name"],
             *(f"{lag[name]:.3f}" for name in ("p50", "p99", "max")),
             *(
                 f"{figure:.2f}"
                 for kind in ("payout", "callback")
-                for figure in (median(case["ages"][kind] or [0.0]), max(case["ages"][kind], default=0.0))
+                for figure in (
+                    median(median(run["ages"][kind] or [0.0]) for run in turns),
+                    max(max(run["ages"][kind], default=0.0) for run in turns),
+                )
             ),
-            "flat" if case["flat"] else "GROW",
+            "flat" if not case["growing"] else f"GROW in {case['growing']} of {len(turns)}",
         )
     rates.caption = f"the rules of the ledger: {', '.join(found['broken']) or 'all hold'}"
-    costs = {case["carrier"]: case["costs"] for case in found["cases"]}
-    return rates, ages, *render_goals(found["goals"]), render_costs(costs)
+    return rates, ages, *render_goals(found["goals"]), render_costs(_costs(found))
 
 
 def draw(found: dict[str, Any]) -> Sequence[Chart]:
-    """The rates, the ages, and what a thousand payouts cost."""
+    """The rates, the ages of the last turn, and what a thousand payouts cost."""
     bars = [
-        Bar(f"{what}, {case['carrier']}", rate, goal=GOAL_PER_SECOND)
+        Bar(f"{what}, {case['name']}", case[f"{what}_per_second"], goal=GOAL_PER_SECOND)
         for case in found["cases"]
-        for what, rate in (("accepted", case["told"]["per_second"]), ("delivered", case["delivered_per_second"]))
+        for what in ("accepted", "delivered")
     ]
     ages = {
-        f"{kind}, {case['carrier']}": list(zip(case["ages"]["at"], case["ages"][kind], strict=True))
+        f"{kind}, {case['name']}": list(zip(ages["at"], ages[kind], strict=True))
         for case in found["cases"]
+        for ages in [case["turns"][-1]["ages"]]
         for kind in ("payout", "callback")
     }
     return (
         Bars("the whole way, per second (red: at least)", bars),
         Lines("age of the oldest due, seconds", ages),
-        draw_costs("the whole way", {case["carrier"]: case["costs"] for case in found["cases"]}),
+        draw_costs("the whole way", _costs(found)),
     )
+
+
+def _costs(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {case["name"]: case["turns"][-1]["costs"] for case in found["cases"]}

@@ -16,6 +16,11 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
+def count_of(number: int, what: str) -> str:
+    """So many of it, in words."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True, slots=True)
 class Spread:
     """What there is to say about many measurements of one thing; zeros when there were none."""

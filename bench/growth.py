@@ -1,8 +1,8 @@
 """Whether it stays as it is: under load for minutes, with millions of payouts behind it, with a million callbacks waiting.
 
-First accepting and settling in an empty database; then minutes of load, while memory, connections and tables are looked at;
-then a long history, and accepting and settling again; then callbacks that wait for a merchant who is dead, and once
-more, with the whole way of another beside him.
+First accepting, its latencies, settling and the whole way in an empty database; then minutes of load, while memory, connections
+and tables are looked at; then a long history, and all of it again; then callbacks that wait for a merchant who is dead, and
+accepting and settling once more, with the whole way of another beside him.
 
 Hours of the same machine differ more than what is looked for here. So each turn of each stage begins with the bare handler, and
 what is set against the empty database is the part of its rate, the median of the turns.
@@ -25,9 +25,9 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from sqlalchemy import text
 
-from bench import accept, end_to_end, settle
+from bench import accept, end_to_end, latency, settle
 from bench.accept import BARE, MANY, ONE, Crowd
-from bench.figures import trend_of
+from bench.figures import count_of, trend_of
 from bench.filling import Shop, add_senders, add_shops, fill
 from bench.picture import Bar, Bars, Chart, Lines
 from bench.scene import Scene
@@ -36,6 +36,8 @@ from common.db.engine import in_transaction
 from common.db.invariants import verify
 
 _GATEWAYS: Final = 2
+# As the whole way is fastest on two processors.
+_GATEWAYS_OF_WHOLE_WAY: Final = 1
 _ENTRIES_PER_PAYOUT: Final = 4
 _CHUNK: Final = 50_000
 _SAMPLE_SECONDS: Final = 5.0
@@ -129,12 +131,15 @@ async def measure(
     minutes: float,
     rate: int,
     seconds: float,
+    latency_seconds: float,
+    whole_rate: int,
+    whole_seconds: float,
     payouts: int,
     turns: int,
     carrier: str,
     progress: Progress,
 ) -> dict[str, Any]:
-    """All of it, one after the other; `rate` and `minutes` are of the load, the next three of each stage."""
+    """All of it, one after the other; `rate` and `minutes` are of the load, what follows of each stage."""
     one, many = (crowd for crowd in await accept.gather_crowds(on) if crowd.name in (ONE, MANY))
 
     async def measure_stage(prefix: str) -> Stage:
@@ -144,27 +149,50 @@ async def measure(
         ]
         return Stage([rates for rates, _ in taken], sum(differing for _, differing in taken))
 
+    async def measure_whole(prefix: str) -> dict[str, Any]:
+        taken = [
+            await _take_whole_turn(
+                on, f"{prefix}-{turn}", one, carrier, latency_seconds, whole_rate, whole_seconds, progress
+            )
+            for turn in range(turns)
+        ]
+        runs = [run for run, _ in taken]
+        return {
+            **end_to_end.summarize(carrier, runs),
+            "cost_ms": median(sum(run["costs"]["cpu_ms"].values()) / 1000 for run in runs),
+            "accept_p99_ms": {rate: median(of[rate] for _, of in taken) for rate in latency.GOALS_MS},
+        }
+
     stages = {"empty": await measure_stage("empty")}
+    whole = {"empty": await measure_whole("empty")}
     load = await _run_load(on, one, carrier, minutes, rate, progress)
     broken = [finding.rule.name for finding in await verify(on.ops) if finding.count]
     written = await write_history(on, one.shops, history // 2, progress)
     written += await write_history(on, many.shops, history - history // 2, progress)
     name = f"{written:,} payouts and {written * _ENTRIES_PER_PAYOUT:,} entries behind it"
     stages[name] = await measure_stage("history")
+    whole[name] = await measure_whole("history")
     (dead,) = await add_shops(on, "dead", [f"{on.origin(accept.MERCHANTS + 1)}/hang/callbacks"])
     filling = progress.add_task("callbacks of the dead", total=waiting)
     await fill(on, [dead], waiting, lambda count: progress.update(filling, completed=count))
     progress.remove_task(filling)
     name = f"and {waiting:,} callbacks waiting"
     stages[name] = await measure_stage("waiting")
-    await _deliver_rest(on, progress, but=dead.id)
+    await _deliver_rest(on, carrier, progress, but=dead.id)
     beside = await _run_beside(on, carrier, progress)
     empty = stages["empty"]
     told = {
         name: {**asdict(stage), "of_empty": {of: round(stage.share(of) / empty.share(of), 3) for of in empty.turns[0]}}
         for name, stage in stages.items()
     }
-    return {"carrier": carrier, "stages": told, "load": load, "beside": beside, "broken": broken}
+    return {
+        "carrier": carrier,
+        "stages": told,
+        "whole_way": {"wanted_per_second": whole_rate, "seconds": whole_seconds, "stages": whole},
+        "load": load,
+        "beside": beside,
+        "broken": broken,
+    }
 
 
 async def _take_turn(
@@ -189,6 +217,35 @@ async def _take_turn(
     return found, differing
 
 
+async def _take_whole_turn(
+    on: Scene,
+    prefix: str,
+    one: Crowd,
+    carrier: str,
+    latency_seconds: float,
+    rate: int,
+    seconds: float,
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[int, float]]:
+    """The whole way of one merchant, as `end_to_end.run_load` tells it; and the p99 of accepting, in ms, by the rate."""
+    await _deliver_rest(on, carrier, progress)
+    await on.maintain()
+    await on.forget()
+    async with on.running(*end_to_end.processes(_GATEWAYS_OF_WHOLE_WAY), carrier=carrier):
+        whole = await end_to_end.run_load(
+            on, one.shops, one.senders, carrier, f"{prefix}-whole-", rate, seconds, progress
+        )
+    p99_ms = {}
+    for at in latency.GOALS_MS:
+        await on.maintain()
+        run = await latency.run_ours(
+            on, one.shops[0], one.senders, carrier, at, f"{prefix}-{at}-", seconds=latency_seconds, progress=progress
+        )
+        p99_ms[at] = run.told["p99_ms"]
+        whole["differing"] += run.differing + run.told["failed"]
+    return whole, p99_ms
+
+
 async def _settle_rest(on: Scene, carrier: str, progress: Progress) -> None:
     """Settle what was accepted to see how fast that goes, so that nothing of it is there when settling is measured."""
     async with on.running(settle.WORKER, carrier=carrier):
@@ -200,11 +257,11 @@ async def _run_load(
     on: Scene, crowd: Crowd, carrier: str, minutes: float, rate: int, progress: Progress
 ) -> dict[str, Any]:
     """The whole way at a steady rate for minutes, while everything is looked at."""
+    await _deliver_rest(on, carrier, progress)
     await on.maintain()
-    await _deliver_rest(on, progress)
     await on.forget()
     samples: dict[str, list[tuple[float, float]]] = {}
-    async with on.running(*end_to_end.PROCESSES, carrier=carrier), _looking(on, samples):
+    async with on.running(*end_to_end.processes(_GATEWAYS), carrier=carrier), _looking(on, samples):
         case = await end_to_end.run_load(
             on, crowd.shops, crowd.senders, carrier, "growth-", rate, minutes * 60, progress
         )
@@ -212,8 +269,9 @@ async def _run_load(
     return {"minutes": minutes, "rate": rate, "case": case, "trends": trends, "samples": samples}
 
 
-async def _deliver_rest(on: Scene, progress: Progress, *, but: UUID | None = None) -> None:
-    """Deliver the callbacks that are there already, but for one shop's, so that nothing but what is measured goes on."""
+async def _deliver_rest(on: Scene, carrier: str, progress: Progress, *, but: UUID | None = None) -> None:
+    """Settle and deliver what is there already, but for one shop's callbacks, so that nothing but what is measured goes on."""
+    await _settle_rest(on, carrier, progress)
     async with on.worker():
         query = "SELECT count(*) FROM callback_due WHERE shop_id IS DISTINCT FROM CAST(:but AS uuid)"
         task = progress.add_task("delivering what was settled", total=None)
@@ -237,7 +295,7 @@ async def _run_beside(on: Scene, carrier: str, progress: Progress) -> dict[str, 
     senders = await add_senders(on, shops)
     await on.maintain()
     await on.forget()
-    async with on.running(*end_to_end.PROCESSES, carrier=carrier):
+    async with on.running(*end_to_end.processes(_GATEWAYS), carrier=carrier):
         return await end_to_end.run_load(
             on, shops, senders, carrier, "beside-", _BESIDE_RATE, _BESIDE_SECONDS, progress, alone=False
         )
@@ -246,7 +304,7 @@ async def _run_beside(on: Scene, carrier: str, progress: Progress) -> dict[str, 
 @asynccontextmanager
 async def _looking(on: Scene, samples: dict[str, list[tuple[float, float]]]) -> AsyncIterator[None]:
     """Look at memory, open files, connections and tables every few seconds, as long as the context lasts."""
-    processes = {name: on.find_process(name) for name in end_to_end.PROCESSES}
+    processes = {name: on.find_process(name) for name in end_to_end.processes(_GATEWAYS)}
 
     async def look() -> None:
         while True:
@@ -283,6 +341,29 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
         ]
         rates.add_row(name, *cells, "as claimed" if not stage["differing"] else f"{stage['differing']:,} differ")
     rates.caption = f"the rules of the ledger, before the history: {', '.join(found['broken']) or 'all hold'}"
+    of_way = found["whole_way"]
+    title = f"{of_way['wanted_per_second']:,} payouts per second for {of_way['seconds']:g} s,"
+    title += (
+        f" {count_of(_GATEWAYS_OF_WHOLE_WAY, 'gateway')}; accepting at steady rates, {count_of(_GATEWAYS, 'gateway')}"
+    )
+    whole = Table(
+        "", "accepted/s", "delivered/s", "201 to callback p50 s", "", "a payout costs, ms",
+        *(f"accept p99 at {rate:,}/s, ms" for rate in latency.GOALS_MS), "records",
+        title=title,
+    )  # fmt: skip
+    for name, stage in of_way["stages"].items():
+        whole.add_row(
+            name,
+            f"{stage['accepted_per_second']:,.0f}",
+            f"{stage['delivered_per_second']:,.0f}",
+            f"{stage['lag']['p50']:.3f}",
+            "flat" if not stage["growing"] else f"GROWS in {stage['growing']} of {len(stage['turns'])}",
+            f"{stage['cost_ms']:.2f}",
+            *(f"{p99_ms:.1f}" for p99_ms in stage["accept_p99_ms"].values()),
+            "as claimed"
+            if not stage["differing"] + stage["failed"]
+            else f"{stage['differing'] + stage['failed']:,} differ",
+        )
     load = found["load"]
     case = load["case"]
     title = f"{load['minutes']:g} minutes at {load['rate']:,} per second: {case['told']['requests']:,} payouts,"
@@ -301,7 +382,7 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
         *(f"{lag[name]:.3f}" for name in ("p50", "p99", "max")),
         "nothing lost" if not found["beside"]["differing"] else f"{found['beside']['differing']:,} differ",
     )
-    return rates, trends, beside
+    return rates, whole, trends, beside
 
 
 def draw(found: dict[str, Any]) -> Sequence[Chart]:

@@ -162,6 +162,11 @@ async def end_watch(looking: "asyncio.Task[None]") -> None:
         await looking
 
 
+def numbered(name: str, count: int) -> list[str]:
+    """Names of so many processes of one kind."""
+    return [f"{name}-{number}" for number in range(1, count + 1)]
+
+
 def _program(name: str) -> Program:
     module = name.partition("-")[0]
     arguments = ("-m", "gateway") if module == "gateway" else ("-m", "worker", module)

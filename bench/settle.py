@@ -1,4 +1,4 @@
-"""How many payouts are settled in a second: so many wait, then a worker comes.
+"""How many payouts are settled in a second: so many wait, then a worker comes, or two.
 
 They were accepted by the product's own gateways. The time counts from the first attempt that was written down until the money
 of the last one is captured: claim, call to the sandbox rail, record, event and callback row are all in it.
@@ -19,16 +19,19 @@ from sqlalchemy import text
 from bench import accept, baseline
 from bench.accept import MANY, ONE, SQL_BATCHED, Crowd, draw_costs, render_costs
 from bench.answers import IN_RUN, check, in_run, send
+from bench.figures import count_of
 from bench.filling import Shop
 from bench.goals import Goal, render_goals
 from bench.load import Plan
 from bench.picture import Bar, Bars, Chart
-from bench.scene import Scene
+from bench.scene import Scene, numbered
 from common.db.engine import Tx, in_transaction
 from common.db.invariants import verify
 
 GOAL_PER_SECOND: Final = 8000.0
 WORKER: Final = "settle"
+WORKERS: Final = (1, 2)
+_GATEWAYS: Final = 2
 _FILL_SECONDS_MAX: Final = 60.0
 _BASELINE_SECONDS: Final = 5.0
 _DEADLINE_SECONDS: Final = 300.0
@@ -41,6 +44,7 @@ class Outcome:
 
     name: str
     payouts: int
+    workers: int = 1
     per_second: list[float] = field(default_factory=list)
     differing: int = 0
     costs: dict[str, Any] = field(default_factory=dict)
@@ -49,14 +53,14 @@ class Outcome:
 async def measure(
     on: Scene, *, payouts: int, turns: int, carriers: Sequence[str], progress: Progress
 ) -> dict[str, Any]:
-    """One merchant, and many; each with each carrier, turn about."""
-    crowds = [crowd for crowd in await accept.gather_crowds(on) if crowd.name in (ONE, MANY)]
-    outcomes = {
-        (crowd.name, carrier): Outcome(f"{crowd.name}, {carrier}", payouts)
-        for crowd, carrier in product(crowds, carriers)
-    }
+    """One merchant, and many; each with one worker and with two, with each carrier, turn about."""
+    cases = [
+        (crowd, carrier, Outcome(f"{crowd.name}, {count_of(workers, 'worker')}, {carrier}", payouts, workers))
+        for crowd, workers, carrier in product(await accept.gather_crowds(on), WORKERS, carriers)
+        if crowd.name in (ONE, MANY)
+    ]
     ceiling: list[float] = []
-    done = progress.add_task("turns", total=turns * (len(outcomes) + 1))
+    done = progress.add_task("turns", total=turns * (len(cases) + 1))
     for turn in range(turns):
         await baseline.prepare(on)
         run = await baseline.run_sql(
@@ -64,24 +68,23 @@ async def measure(
         )
         ceiling.append(run.per_second)
         progress.advance(done)
-        for place, (crowd, carrier) in enumerate(product(crowds, carriers)):
-            outcome = outcomes[crowd.name, carrier]
+        for place, (crowd, carrier, outcome) in enumerate(cases):
             await take_turn(on, crowd, carrier, f"settle-{turn}-{place}-", outcome, progress)
             progress.advance(done)
-    cases = [{**asdict(outcome), "median": round(median(outcome.per_second), 1)} for outcome in outcomes.values()]
-    goals = [Goal(f"settled: {c['name']}", c["median"], "per second", least=GOAL_PER_SECOND).told() for c in cases]
+    found = [{**asdict(outcome), "median": round(median(outcome.per_second), 1)} for _, _, outcome in cases]
+    goals = [Goal(f"settled: {c['name']}", c["median"], "per second", least=GOAL_PER_SECOND).told() for c in found]
     return {
         "ceiling": {"name": SQL_BATCHED, "per_second": ceiling},
-        "cases": cases,
+        "cases": found,
         "goals": goals,
         "broken": [finding.rule.name for finding in await verify(on.ops) if finding.count],
     }
 
 
 async def take_turn(on: Scene, crowd: Crowd, carrier: str, prefix: str, outcome: Outcome, progress: Progress) -> None:
-    """Have payouts wait, let a worker come, and add to the outcome how fast it was and what is not as it should be."""
+    """Have payouts wait, let the workers come, and add to the outcome how fast it was and what is not as it should be."""
     await on.maintain()
-    async with on.running("gateway-1", "gateway-2", carrier=carrier):
+    async with on.running(*numbered("gateway", _GATEWAYS), carrier=carrier):
         plan = Plan(
             port=on.gateway_port,
             path=accept.PATH,
@@ -97,7 +100,7 @@ async def take_turn(on: Scene, crowd: Crowd, carrier: str, prefix: str, outcome:
     waiting = len(answers.statuses) - answers.failed
     before = await _count_entries(on, crowd.shops)
     settling = progress.add_task(f"settling, {outcome.name}", total=waiting)
-    async with on.running(WORKER, carrier=carrier):
+    async with on.running(*numbered(WORKER, outcome.workers), carrier=carrier):
         usage, early = await on.usage(), await _count_entries(on, crowd.shops) - before
         deadline = time.time() + _DEADLINE_SECONDS
         while (settled := await _count_entries(on, crowd.shops) - before) < waiting and time.time() < deadline:
@@ -162,9 +165,7 @@ async def count_unsettled(tx: Tx, of_run: Mapping[str, Any]) -> int:
 
 def render(found: dict[str, Any]) -> Sequence[Table]:
     """Rates, a row for each case; the goals; what they cost."""
-    table = Table(
-        "settled per second", "payouts", "median", "of each turn", "records", title="settlement drain, one worker"
-    )
+    table = Table("settled per second", "payouts", "median", "of each turn", "records", title="settlement drain")
     ceiling = found["ceiling"]
     rates = " ".join(f"{rate:,.0f}" for rate in ceiling["per_second"])
     table.add_row(
