@@ -17,7 +17,7 @@ from rich.table import Table
 
 from bench import baseline
 from bench.answers import Answers, check, count_differing, send
-from bench.figures import count_of
+from bench.figures import counted
 from bench.filling import Shop, add_senders, add_shops
 from bench.goals import Goal, render_goals
 from bench.load import Plan, Sender
@@ -28,7 +28,7 @@ from common.db.invariants import verify
 PATH: Final = "/api/v1/payouts"
 MERCHANTS: Final = 1000
 CONNECTIONS: Final = 64
-GATEWAYS: Final = (1, 2)
+GATEWAY_COUNTS: Final = (1, 2)
 _ZIPF: Final = 1.0
 # Until every process knows every merchant's key and shop.
 _WARM_SECONDS: Final = 2.0
@@ -85,7 +85,7 @@ async def gather_crowds(on: Scene) -> list[Crowd]:
 
 def name_of(crowd: str, gateways: int, carrier: str) -> str:
     """How one of ours is called in the results."""
-    return f"{crowd}, {count_of(gateways, 'gateway')}, {carrier}"
+    return f"{crowd}, {counted(gateways, 'gateway')}, {carrier}"
 
 
 async def measure(
@@ -102,7 +102,7 @@ async def measure(
     has_plain = baseline.has_plain() and RABBITMQ in on.carriers
     if has_plain:
         runs[PLAIN] = lambda prefix: _plain(on, crowds[0], prefix, seconds, progress)
-    for crowd, gateways, carrier in product(crowds, GATEWAYS, carriers):
+    for crowd, gateways, carrier in product(crowds, GATEWAY_COUNTS, carriers):
         runs[name_of(crowd.name, gateways, carrier)] = partial(
             run_ours, on, crowd, gateways, carrier, seconds=seconds, progress=progress
         )
@@ -187,7 +187,7 @@ def _summary(figures: Sequence[Figure]) -> dict[str, Any]:
 def _goals(figures: dict[str, list[Figure]], carriers: Sequence[str]) -> list[Goal]:
     """Each goal for each carrier and number of gateways; those whose baseline could not be had are left out."""
     goals = []
-    for (ours, theirs, least), gateways, carrier in product(_GOALS, GATEWAYS, carriers):
+    for (ours, theirs, least), gateways, carrier in product(_GOALS, GATEWAY_COUNTS, carriers):
         name = name_of(ours, gateways, carrier)
         other = name_of(theirs, gateways, carrier) if theirs == MANY else theirs
         if other in figures:
@@ -243,7 +243,7 @@ def draw_costs(what: str, costs: dict[str, dict[str, Any]]) -> Chart:
 
 def render_costs(costs: dict[str, dict[str, Any]]) -> Table:
     """What a thousand payouts cost, a row for each run and part."""
-    table = Table("a thousand payouts cost", "processor, ms", "on disk, KiB", title="costs")
+    table = Table("a thousand payouts cost", "processor, ms", "on disk, KiB", title="costs, of the last turn")
     for name, cost in costs.items():
         cpu = " · ".join(f"{part} {ms:,.0f}" for part, ms in cost["cpu_ms"].items() if ms >= 1)
         disk = " · ".join(f"{part} {size / 1024:,.0f}" for part, size in cost["disk_bytes"].items() if size >= 1024)

@@ -20,7 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 from sqlalchemy import text
 
-from bench.figures import count_of
+from bench.figures import counted
 from bench.filling import Shop, add_shops, fill
 from bench.picture import Bar, Bars, Chart
 from bench.scene import Scene, numbered
@@ -177,7 +177,7 @@ async def _count_differing(on: Scene, event_ids: Sequence[UUID]) -> int:
 
 def _name(case: dict[str, Any]) -> str:
     workers = case["workers"]
-    return f"{case['callbacks']:,} to {case['merchants']:,}, {count_of(workers, 'worker')}, {case['carrier']}"
+    return f"{case['callbacks']:,} to {case['merchants']:,}, {counted(workers, 'worker')}, {case['carrier']}"
 
 
 def render(found: dict[str, Any]) -> Sequence[Table]:

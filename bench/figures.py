@@ -16,8 +16,8 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
-def count_of(number: int, what: str) -> str:
-    """So many of it, in words."""
+def counted(number: int, what: str) -> str:
+    """`1 gateway`, `2 gateways`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 

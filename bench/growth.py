@@ -1,8 +1,9 @@
 """Whether it stays as it is: under load for minutes, with millions of payouts behind it, with a million callbacks waiting.
 
-First accepting, its latencies, settling and the whole way in an empty database; then minutes of load, while memory, connections
-and tables are looked at; then a long history, and all of it again; then callbacks that wait for a merchant who is dead, and
-accepting and settling once more, with the whole way of another beside him.
+First accepting and settling in an empty database, then the whole way and latencies behind what that has left; then minutes of
+load, while memory, connections and tables are looked at; then a long history, and accepting, settling, the whole way and
+latencies again; then callbacks that wait for a merchant who is dead, and accepting and settling once more, with the whole way
+of another beside him.
 
 Hours of the same machine differ more than what is looked for here. So each turn of each stage begins with the bare handler, and
 what is set against the empty database is the part of its rate, the median of the turns.
@@ -27,16 +28,16 @@ from sqlalchemy import text
 
 from bench import accept, end_to_end, latency, settle
 from bench.accept import BARE, MANY, ONE, Crowd
-from bench.figures import count_of, trend_of
+from bench.figures import counted, trend_of
 from bench.filling import Shop, add_senders, add_shops, fill
 from bench.picture import Bar, Bars, Chart, Lines
-from bench.scene import Scene
+from bench.scene import Scene, end_watch
 from bench.soak import readable
 from common.db.engine import in_transaction
 from common.db.invariants import verify
 
-_GATEWAYS: Final = 2
-# As the whole way is fastest on two processors.
+_GATEWAYS: Final = latency.GATEWAYS
+# With which `end_to_end` gets further on two processors.
 _GATEWAYS_OF_WHOLE_WAY: Final = 1
 _ENTRIES_PER_PAYOUT: Final = 4
 _CHUNK: Final = 50_000
@@ -139,7 +140,9 @@ async def measure(
     carrier: str,
     progress: Progress,
 ) -> dict[str, Any]:
-    """All of it, one after the other; `rate` and `minutes` are of the load, what follows of each stage."""
+    """All of it, one after the other; `rate` and `minutes` are of the load, `latency_seconds` and `whole_…` of the first two
+    stages, the others of each.
+    """
     one, many = (crowd for crowd in await accept.gather_crowds(on) if crowd.name in (ONE, MANY))
 
     async def measure_stage(prefix: str) -> Stage:
@@ -152,16 +155,11 @@ async def measure(
     async def measure_whole(prefix: str) -> dict[str, Any]:
         taken = [
             await _take_whole_turn(
-                on, f"{prefix}-{turn}", one, carrier, latency_seconds, whole_rate, whole_seconds, progress
+                on, f"{prefix}-{turn}", one, carrier, seconds, latency_seconds, whole_rate, whole_seconds, progress
             )
             for turn in range(turns)
         ]
-        runs = [run for run, _ in taken]
-        return {
-            **end_to_end.summarize(carrier, runs),
-            "cost_ms": median(sum(run["costs"]["cpu_ms"].values()) / 1000 for run in runs),
-            "accept_p99_ms": {rate: median(of[rate] for _, of in taken) for rate in latency.GOALS_MS},
-        }
+        return _summarize_whole(taken)
 
     stages = {"empty": await measure_stage("empty")}
     whole = {"empty": await measure_whole("empty")}
@@ -217,33 +215,59 @@ async def _take_turn(
     return found, differing
 
 
+@dataclass(frozen=True, slots=True)
+class WholeTurn:
+    """The whole way as `end_to_end.run_load` tells it, accepting at each rate, and what the bare handler did just before."""
+
+    bare_per_second: float
+    whole: dict[str, Any]
+    latencies: Mapping[int, latency.Run]
+
+
 async def _take_whole_turn(
     on: Scene,
     prefix: str,
     one: Crowd,
     carrier: str,
-    latency_seconds: float,
-    rate: int,
     seconds: float,
+    latency_seconds: float,
+    whole_rate: int,
+    whole_seconds: float,
     progress: Progress,
-) -> tuple[dict[str, Any], dict[int, float]]:
-    """The whole way of one merchant, as `end_to_end.run_load` tells it; and the p99 of accepting, in ms, by the rate."""
+) -> WholeTurn:
+    """The bare handler; the whole way of one merchant; and his accepting alone, at steady rates. Leaves nothing due."""
     await _deliver_rest(on, carrier, progress)
     await on.maintain()
+    bare = await accept.run_bare(on, one, f"{prefix}-bare-", seconds, progress)
     await on.forget()
     async with on.running(*end_to_end.processes(_GATEWAYS_OF_WHOLE_WAY), carrier=carrier):
         whole = await end_to_end.run_load(
-            on, one.shops, one.senders, carrier, f"{prefix}-whole-", rate, seconds, progress
+            on, one.shops, one.senders, carrier, f"{prefix}-whole-", whole_rate, whole_seconds, progress
         )
-    p99_ms = {}
+    latencies = {}
     for at in latency.GOALS_MS:
         await on.maintain()
-        run = await latency.run_ours(
+        latencies[at] = await latency.run_ours(
             on, one.shops[0], one.senders, carrier, at, f"{prefix}-{at}-", seconds=latency_seconds, progress=progress
         )
-        p99_ms[at] = run.told["p99_ms"]
-        whole["differing"] += run.differing + run.told["failed"]
-    return whole, p99_ms
+    await _deliver_rest(on, carrier, progress)
+    return WholeTurn(bare.per_second, whole, latencies)
+
+
+def _summarize_whole(turns: Sequence[WholeTurn]) -> dict[str, Any]:
+    """The medians. `cost_in_answers`: how often the bare handler would have answered in the processor time of one payout."""
+    found = end_to_end.summarize("the whole way", [turn.whole for turn in turns])
+    costs = [turn.bare_per_second * sum(turn.whole["costs"]["cpu_ms"].values()) / 1e6 for turn in turns]
+    runs = [run for turn in turns for run in turn.latencies.values()]
+    found["failed"] += sum(run.told["failed"] for run in runs)
+    found["differing"] += sum(run.differing for run in runs)
+    return {
+        **found,
+        "cost_in_answers": median(costs),
+        "bare_per_second": [turn.bare_per_second for turn in turns],
+        "accept_p99_ms": {at: median(turn.latencies[at].told["p99_ms"] for turn in turns) for at in turns[0].latencies},
+        "accept": {at: [turn.latencies[at].told for turn in turns] for at in turns[0].latencies},
+    }
 
 
 async def _settle_rest(on: Scene, carrier: str, progress: Progress) -> None:
@@ -322,7 +346,7 @@ async def _looking(on: Scene, samples: dict[str, list[tuple[float, float]]]) -> 
     try:
         yield
     finally:
-        looking.cancel()
+        await end_watch(looking)
 
 
 def _medians(stage: Mapping[str, Any]) -> dict[str, float]:
@@ -342,12 +366,13 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
         rates.add_row(name, *cells, "as claimed" if not stage["differing"] else f"{stage['differing']:,} differ")
     rates.caption = f"the rules of the ledger, before the history: {', '.join(found['broken']) or 'all hold'}"
     of_way = found["whole_way"]
+    costs = {name: stage["cost_in_answers"] for name, stage in of_way["stages"].items()}
     title = f"{of_way['wanted_per_second']:,} payouts per second for {of_way['seconds']:g} s,"
     title += (
-        f" {count_of(_GATEWAYS_OF_WHOLE_WAY, 'gateway')}; accepting at steady rates, {count_of(_GATEWAYS, 'gateway')}"
+        f" {counted(_GATEWAYS_OF_WHOLE_WAY, 'gateway')}; accepting at steady rates, {counted(_GATEWAYS, 'gateway')}"
     )
     whole = Table(
-        "", "accepted/s", "delivered/s", "201 to callback p50 s", "", "a payout costs, ms",
+        "", "accepted/s", "delivered/s", "201 to callback p50 s", "", "a payout costs, ms", "in answers of the bare handler",
         *(f"accept p99 at {rate:,}/s, ms" for rate in latency.GOALS_MS), "records",
         title=title,
     )  # fmt: skip
@@ -359,6 +384,7 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
             f"{stage['lag']['p50']:.3f}",
             "flat" if not stage["growing"] else f"GROWS in {stage['growing']} of {len(stage['turns'])}",
             f"{stage['cost_ms']:.2f}",
+            f"{costs[name]:.1f} ({costs[name] / costs['empty']:.2f})",
             *(f"{p99_ms:.1f}" for p99_ms in stage["accept_p99_ms"].values()),
             "as claimed"
             if not stage["differing"] + stage["failed"]
@@ -366,8 +392,10 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
         )
     load = found["load"]
     case = load["case"]
-    title = f"{load['minutes']:g} minutes at {load['rate']:,} per second: {case['told']['requests']:,} payouts,"
-    title += f" {case['differing'] + case['told']['failed']:,} lost, doubled or wrong"
+    title = (
+        f"{load['minutes']:g} minutes at {load['rate']:,} per second, {counted(_GATEWAYS, 'gateway')}:"
+        f" {case['told']['requests']:,} payouts, {case['differing'] + case['told']['failed']:,} lost, doubled or wrong"
+    )
     trends = Table("", "first", "last", "max", "slope per hour", "", title=title)
     for name, trend in load["trends"].items():
         must = name.startswith(_MUST_BE_FLAT)
@@ -375,7 +403,13 @@ def render(found: dict[str, Any]) -> Sequence[Table]:
         trends.add_row(name, *values, "flat" if trend["flat"] else "GROWS" if must else "grows")
     lag, told = found["beside"]["lag"], found["beside"]["told"]
     beside = Table(
-        "accept p50", "p99 ms", "201 to callback p50", "p99", "max s", "records", title="beside the dead merchant"
+        "accept p50",
+        "p99 ms",
+        "201 to callback p50",
+        "p99",
+        "max s",
+        "records",
+        title=f"beside the dead merchant, {counted(_GATEWAYS, 'gateway')}",
     )
     beside.add_row(
         *(f"{told[name]:.1f}" for name in ("p50_ms", "p99_ms")),

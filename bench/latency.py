@@ -32,7 +32,10 @@ GOALS_MS: Final = {500: 15.0, 2000: 30.0}
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One turn of one rate: what the generator tells, and how many answers and payouts do not bear each other out."""
+    """One turn of one rate: what the generator tells, and how many answers and payouts do not bear each other out.
+
+    `costs`: None for the bare handler.
+    """
 
     told: dict[str, Any]
     differing: int = 0
@@ -42,7 +45,7 @@ class Run:
 async def measure(
     on: Scene, *, seconds: float, rates: Sequence[int], turns: int, carriers: Sequence[str], progress: Progress
 ) -> dict[str, Any]:
-    """Each rate: the bare handler, then ours with each carrier; turn about."""
+    """Each rate: the bare handler, then ours with each carrier; turn about. Nobody settles what the turns before have left."""
     (shop,) = shops = await add_shops(on, "one", [f"{on.origin(0)}/ok/callbacks"])
     senders = await add_senders(on, shops)
     runs: dict[tuple[int, str], list[Run]] = {(rate, who): [] for rate, who in product(rates, (BARE, *carriers))}

@@ -19,9 +19,10 @@ from sqlalchemy import text
 from bench import accept, baseline
 from bench.accept import MANY, ONE, SQL_BATCHED, Crowd, draw_costs, render_costs
 from bench.answers import IN_RUN, check, in_run, send
-from bench.figures import count_of
+from bench.figures import counted
 from bench.filling import Shop
 from bench.goals import Goal, render_goals
+from bench.latency import GATEWAYS
 from bench.load import Plan
 from bench.picture import Bar, Bars, Chart
 from bench.scene import Scene, numbered
@@ -31,7 +32,6 @@ from common.db.invariants import verify
 GOAL_PER_SECOND: Final = 8000.0
 WORKER: Final = "settle"
 WORKERS: Final = (1, 2)
-_GATEWAYS: Final = 2
 _FILL_SECONDS_MAX: Final = 60.0
 _BASELINE_SECONDS: Final = 5.0
 _DEADLINE_SECONDS: Final = 300.0
@@ -55,7 +55,7 @@ async def measure(
 ) -> dict[str, Any]:
     """One merchant, and many; each with one worker and with two, with each carrier, turn about."""
     cases = [
-        (crowd, carrier, Outcome(f"{crowd.name}, {count_of(workers, 'worker')}, {carrier}", payouts, workers))
+        (crowd, carrier, Outcome(f"{crowd.name}, {counted(workers, 'worker')}, {carrier}", payouts, workers))
         for crowd, workers, carrier in product(await accept.gather_crowds(on), WORKERS, carriers)
         if crowd.name in (ONE, MANY)
     ]
@@ -84,7 +84,7 @@ async def measure(
 async def take_turn(on: Scene, crowd: Crowd, carrier: str, prefix: str, outcome: Outcome, progress: Progress) -> None:
     """Have payouts wait, let the workers come, and add to the outcome how fast it was and what is not as it should be."""
     await on.maintain()
-    async with on.running(*numbered("gateway", _GATEWAYS), carrier=carrier):
+    async with on.running(*numbered("gateway", GATEWAYS), carrier=carrier):
         plan = Plan(
             port=on.gateway_port,
             path=accept.PATH,

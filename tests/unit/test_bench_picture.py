@@ -4,7 +4,6 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from bench.end_to_end import is_flat
 from bench.picture import Bar, Bars, Chart, Lines, render_picture, round_step
 
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -45,18 +44,3 @@ def test_what_was_not_measured_can_be_drawn(charts: tuple[Chart, ...]) -> None:
 )
 def test_steps_are_round_and_not_too_short(least: float, step: float) -> None:
     assert round_step(least) == pytest.approx(step)
-
-
-@pytest.mark.parametrize(
-    ("ages", "flat"),
-    [
-        ([0.0] * 9, True),
-        ([0.1, 0.1, 0.1, 0.2, 0.2, 0.2, 0.9, 0.9, 0.9], True),
-        ([1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 5.0, 5.0, 5.0], False),
-        ([9.0, 9.0, 9.0, 5.0, 5.0, 5.0, 5.1, 5.1, 5.1], True),
-        ([2.0], False),
-        ([], True),
-    ],
-)
-def test_ages_are_flat_when_short_or_when_they_do_not_go_on_growing(ages: list[float], flat: bool) -> None:
-    assert is_flat(ages) is flat
