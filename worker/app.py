@@ -22,7 +22,7 @@ from worker.callbacks.deliver import Deliverer
 from worker.callbacks.send import open_session
 from worker.callbacks.upkeep import INTERVAL_SECONDS as LANES_INTERVAL_SECONDS
 from worker.callbacks.upkeep import LaneKeeper
-from worker.checking import STEP_INTERVAL_SECONDS, Checker
+from worker.checking import Checker
 from worker.collecting import INTERVAL_SECONDS as COLLECT_INTERVAL_SECONDS
 from worker.collecting import Collector
 from worker.keeping import INTERVAL_SECONDS as KEEP_INTERVAL_SECONDS
@@ -39,7 +39,6 @@ _FAILED_ROUND_SECONDS: Final = 1.0
 # Of what looks at the whole, whether there is work or not.
 _INTERVALS_SECONDS: Final = {
     "sweep": INTERVAL_SECONDS,
-    "check": STEP_INTERVAL_SECONDS,
     "collect": COLLECT_INTERVAL_SECONDS,
     "keep": KEEP_INTERVAL_SECONDS,
     "keep lanes": LANES_INTERVAL_SECONDS,
@@ -69,6 +68,7 @@ class Worker:
         self._publisher = Publisher(topology)
         self._consumers: dict[Work, Consumer] = {}
         self._parked_count: ParkedCount | None = None
+        self._checker: Checker | None = None
         self.roles: dict[str, Role] = {}
 
     async def open(self, resources: AsyncExitStack, engine: Engine, roles: Sequence[str]) -> None:
@@ -119,7 +119,7 @@ class Worker:
         if "sweep" in roles:
             self._parked_count = ParkedCount(self._topology)
             self.roles["sweep"] = Sweeper(engine, tell=self._tell)
-            self.roles["check"] = Checker(engine)
+            self.roles["check"] = self._checker = Checker(engine)
             self.roles["keep"] = Keeper(engine, keep_days=settings.callback_attempts_keep_days)
             self.roles["keep lanes"] = LaneKeeper(engine, hold_seconds=self._settings.callback_hold_hours * 3600)
 
@@ -134,6 +134,8 @@ class Worker:
 
     def pause_seconds(self, role: str) -> float:
         """How long a role rests when there was nothing to do."""
+        if role == "check" and self._checker is not None:
+            return self._checker.pause_seconds
         if role in _INTERVALS_SECONDS:
             return _INTERVALS_SECONDS[role]
         work = Work.SETTLE if role == "settle" else Work.CALLBACK

@@ -1,5 +1,6 @@
 """Checking: the rules of the ledger, page by page and again and again. What is broken is told; nothing is mended."""
 
+from time import monotonic
 from typing import Final
 
 from prometheus_client import Counter, Gauge
@@ -8,9 +9,12 @@ from common.db.checks import begin_checks, check_step, find_progress
 from common.db.engine import Engine, in_transaction
 from common.log import LogEvent, get_logger
 
-# One step of so many rows, then a rest: work that nobody waits for takes a small and constant share of the database.
+# One step of so many rows, then a rest, so many times as long as the step took: work that nobody waits for takes a small share
+# of the database, and less of it while the database is busy.
 STEP_ROWS_MAX: Final = 1000
-STEP_INTERVAL_SECONDS: Final = 0.2
+_RESTS_PER_STEP: Final = 20
+_REST_SECONDS_MIN: Final = 0.2
+_REST_SECONDS_MAX: Final = 2.0
 
 OFFENDERS: Final = Gauge(
     "payouts_invariant_offenders",
@@ -33,13 +37,16 @@ class Checker:
         self._engine = engine
         self._rows_max = rows_max
         self._begun = False
+        self.pause_seconds = _REST_SECONDS_MIN
 
     async def run_round(self) -> bool:
-        """Make one step. There is never more to do at once: haste would be at the cost of the work."""
+        """Make one step, to be followed by `pause_seconds`; haste would be at the cost of the work."""
         if not self._begun:
             await in_transaction(self._engine, begin_checks)
             self._begun = True
+        started = monotonic()
         step = await in_transaction(self._engine, lambda tx: check_step(tx, rows_max=self._rows_max))
+        self.pause_seconds = rest_seconds(monotonic() - started)
         if step is not None:
             CHECKED.labels(step.table).inc(step.rows)
             for broken in step.broken:
@@ -65,3 +72,8 @@ class Checker:
             PASS_AGE.labels(progress.table).set(progress.age_seconds)
             for rule, count in progress.offenders.items():
                 OFFENDERS.labels(rule).set(count)
+
+
+def rest_seconds(step_seconds: float) -> float:
+    """How long to rest after a step that took so long."""
+    return min(max(_REST_SECONDS_MIN, step_seconds * _RESTS_PER_STEP), _REST_SECONDS_MAX)
