@@ -68,7 +68,6 @@ class Worker:
         self._publisher = Publisher(topology)
         self._consumers: dict[Work, Consumer] = {}
         self._parked_count: ParkedCount | None = None
-        self._checker: Checker | None = None
         self.roles: dict[str, Role] = {}
 
     async def open(self, resources: AsyncExitStack, engine: Engine, roles: Sequence[str]) -> None:
@@ -119,7 +118,7 @@ class Worker:
         if "sweep" in roles:
             self._parked_count = ParkedCount(self._topology)
             self.roles["sweep"] = Sweeper(engine, tell=self._tell)
-            self.roles["check"] = self._checker = Checker(engine)
+            self.roles["check"] = Checker(engine)
             self.roles["keep"] = Keeper(engine, keep_days=settings.callback_attempts_keep_days)
             self.roles["keep lanes"] = LaneKeeper(engine, hold_seconds=self._settings.callback_hold_hours * 3600)
 
@@ -134,8 +133,8 @@ class Worker:
 
     def pause_seconds(self, role: str) -> float:
         """How long a role rests when there was nothing to do."""
-        if role == "check" and self._checker is not None:
-            return self._checker.pause_seconds
+        if isinstance(checker := self.roles[role], Checker):
+            return checker.pause_seconds
         if role in _INTERVALS_SECONDS:
             return _INTERVALS_SECONDS[role]
         work = Work.SETTLE if role == "settle" else Work.CALLBACK
