@@ -9,8 +9,8 @@ from common.db.checks import begin_checks, check_step, find_progress
 from common.db.engine import Engine, in_transaction
 from common.log import LogEvent, get_logger
 
-# One step of so many rows, then a rest, so many times as long as the step took: work that nobody waits for takes a small part of
-# the time, and gives way while the database is busy; but not for ever, since a pass shall come to its end.
+# One step of so many rows, then a rest, so many times as long as the step took: work that nobody waits for takes a small part
+# of the time, and gives way while the database is busy; but not for ever, since a pass shall come to its end.
 STEP_ROWS_MAX: Final = 1000
 _RESTS_PER_STEP: Final = 20
 _REST_SECONDS_MIN: Final = 0.2
