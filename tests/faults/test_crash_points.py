@@ -34,6 +34,9 @@ USUAL, SILENT_FOR_EVER, PAID_IN_SILENCE, DECLINED_IN_SILENCE = (
     "01700000203",
 )
 
+# A worker that starts wakes the lane of what nobody told of, and then claims it.
+COMMITS_BEFORE_A_CLAIM = 1
+
 
 @dataclass(frozen=True, slots=True)
 class Scene:
@@ -148,6 +151,11 @@ class Scene:
         assert row.rail_state == {"success": "paid", "failed": "declined"}[state]
         assert row.posted_minor == 100_000 - (1000 if state == "success" else 0)
         await assert_invariants(self.owner)
+
+    async def assert_callback_leased(self) -> None:
+        """A worker has claimed the callback, and nothing was sent yet."""
+        assert await fetch(self.owner, "SELECT event_id FROM callback_due WHERE lease_token IS NOT NULL")
+        assert not self.receiver.deliveries
 
     async def assert_told_once(self, attempts: list[str]) -> None:
         """Delivered; the log of attempts; whatever the receiver got was one event, signed."""
@@ -384,9 +392,10 @@ async def test_a_worker_killed_between_claim_and_send_delivers_when_the_lease_is
     owner: Engine, config: Settings, superuser: Superuser
 ) -> None:
     async with settled_scene(owner, config, superuser, **LONG) as on, proxy(config.database_url) as network:
-        network.fail_commits(CommitFault.HOLD_ANSWER)
+        network.fail_commits(CommitFault.HOLD_ANSWER, after=COMMITS_BEFORE_A_CLAIM)
         worker = await start_behind(on, network, "callbacks")
         await until_failed(network)
+        await on.assert_callback_leased()
         await worker.kill()
         assert not on.receiver.deliveries
         await on.running.start("worker", "callbacks")
@@ -455,7 +464,7 @@ async def test_a_worker_paused_in_a_delivery_changes_nothing_when_it_wakes_up(
         await on.assert_told_once(row.callback_attempts)
 
 
-@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("after", [COMMITS_BEFORE_A_CLAIM, COMMITS_BEFORE_A_CLAIM + 1])
 @pytest.mark.parametrize("fault", [CommitFault.LOSE_ANSWER, CommitFault.LOSE_COMMIT])
 async def test_a_delivery_whose_connection_breaks_at_commit_is_recorded_once(
     owner: Engine, config: Settings, superuser: Superuser, fault: CommitFault, after: int
@@ -475,9 +484,10 @@ async def test_a_claim_of_which_nobody_heard_is_sent_as_soon_as_the_database_is_
 ) -> None:
     """Not when its lease is over: that is longer than this test waits."""
     async with settled_scene(owner, config, superuser, **LONG) as on, proxy(config.database_url) as network:
-        network.fail_commits(CommitFault.LOSE_ANSWER, then_refuse=True)
+        network.fail_commits(CommitFault.LOSE_ANSWER, after=COMMITS_BEFORE_A_CLAIM, then_refuse=True)
         worker = await start_behind(on, network, "callbacks")
         await until_failed(network)
+        await on.assert_callback_leased()
         await until_round_failed(worker)
         assert not on.receiver.deliveries
         await network.listen()
