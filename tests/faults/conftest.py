@@ -9,6 +9,7 @@ from common.settings import Settings
 from tests.broker import Broker
 from tests.factories import engine, settings
 from tests.faults.amqp_proxy import AmqpProxy, amqp_proxy
+from tests.faults.patience import UNHURRIED_LOCKS
 from tests.faults.scene import SHORT_LEASES, Scene, scene
 
 
@@ -20,8 +21,8 @@ def config(database_url: str) -> Settings:
 
 @pytest.fixture
 async def owner(database_url: str) -> AsyncIterator[Engine]:
-    """A pool that acts as the owner of everything."""
-    pool = engine(database_url)
+    """A pool that acts as the owner of everything, and waits for a row as long as a process that holds it may stand still."""
+    pool = engine(database_url, **UNHURRIED_LOCKS)
     yield pool
     await pool.dispose()
 

@@ -62,9 +62,14 @@ async def settle_all(owner: Engine) -> dict[tuple[Any, str], Any]:
 
 
 async def deliver_all(owner: Engine) -> None:
-    """Help time along until every callback is delivered."""
+    """Help time along until every callback is delivered, in lanes too that rest since a stall looked like a dead receiver."""
 
     async def delivered() -> bool:
+        await execute(
+            owner,
+            "UPDATE callback_lanes SET trouble = 0, blocked_until = '-infinity', ready_at = now()"
+            " WHERE blocked_until > now() AND held_at IS NULL",
+        )
         await execute(owner, "UPDATE callback_due SET due_at = now(), in_lane = false WHERE lease_token IS NULL")
         (row,) = await fetch(owner, "SELECT count(*) AS n FROM callbacks WHERE state <> 'delivered'")
         return bool(row.n == 0)

@@ -22,6 +22,15 @@ _PROTOCOL_3: Final = 3
 # Our SQL has its words in capitals and its names in small letters, so that FOR UPDATE is none of these.
 _WRITES: Final = re.compile(rb"\b(INSERT INTO|UPDATE|DELETE FROM) [a-z]|\baccept_unopposed\(")
 
+# Words by which `Proxy.fail_commits` knows a transaction: a look that finds nothing to claim has written none of these.
+CLAIM: Final = "INSERT INTO payout_attempts"
+BOOKING: Final = "INSERT INTO sandbox.payments"
+RECORD: Final = "INSERT INTO events"
+CLAIM_OF_CALLBACK: Final = "UPDATE callback_due"
+RECORD_OF_CALLBACK: Final = "INSERT INTO callback_attempts"
+# Asked for each rail in turn, the first one by name first, whether there is anything to claim or not.
+CLAIM_OF_PAYIN: Final = "look_ups = d.look_ups + 1"
+
 
 class CommitFault(Enum):
     """What becomes of the COMMIT of a transaction that has written."""
@@ -38,29 +47,31 @@ class _Link:
 
     client: asyncio.StreamWriter
     server: asyncio.StreamWriter | None = None
-    writing_statements: set[bytes] = field(default_factory=set)
+    writing_statements: dict[bytes, bytes] = field(default_factory=dict)
     began: bool = False
-    wrote: bool = False
+    written: list[bytes] = field(default_factory=list)
     fault: CommitFault | None = None
     sent: list[bytes] = field(default_factory=list)
 
-    def read(self, message: bytes) -> bool:
-        """Follow what the client asks for; True for the COMMIT of a transaction that has written, however it is said."""
+    def read(self, message: bytes) -> list[bytes]:
+        """Follow what the client asks for; at a COMMIT, however it is said, the statements by which its transaction wrote."""
         kind, content = message[:1], message[5:]
         if kind == b"P":
             name, query, *_ = content.split(b"\0")
-            (self.writing_statements.add if _WRITES.search(query) else self.writing_statements.discard)(name)
+            self.writing_statements.pop(name, None)
+            if _WRITES.search(query):
+                self.writing_statements[name] = query
         elif kind == b"B":
             _portal, name, *_ = content.split(b"\0", 2)
-            writes = name in self.writing_statements
+            writing = [self.writing_statements[name]] if name in self.writing_statements else []
             if not self.began:
-                return writes
-            self.wrote = self.wrote or writes
+                return writing
+            self.written += writing
         elif kind == b"Q":
             self.began = content.startswith(b"BEGIN")
-            wrote, self.wrote = self.wrote, False
-            return wrote and content.startswith(b"COMMIT")
-        return False
+            written, self.written = self.written, []
+            return written if content.startswith(b"COMMIT") else []
+        return []
 
     def cut(self) -> None:
         """End both connections at once, whatever is still under way."""
@@ -80,6 +91,7 @@ class Proxy:
         )
         self.faults_done = 0
         self._faults: list[CommitFault | None] = []
+        self._fault_of = b""
         self._statements_left = 0
         self._statement_fault = CommitFault.LOSE_ANSWER
         self._flowing = asyncio.Event()
@@ -91,13 +103,18 @@ class Proxy:
         self._links: set[_Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def fail_commits(self, fault: CommitFault, *, count: int = 1, after: int = 0, then_refuse: bool = False) -> None:
+    def fail_commits(
+        self, fault: CommitFault, *, count: int = 1, after: int = 0, of: str = "", then_refuse: bool = False
+    ) -> None:
         """Let the next few COMMITs of transactions that have written go wrong, after some that pass.
 
-        `faults_done` counts those that did. `then_refuse`: with an answer that is lost, everything else is cut and refused.
+        `of`: words of a statement; only transactions that have written by such a one count, whether it found anything or not.
+        `faults_done` counts those that went wrong. `then_refuse`: with an answer that is lost, everything else is cut and
+        refused.
         """
         self._released.clear()
         self._then_refuse = then_refuse
+        self._fault_of = of.encode()
         self._faults = [*[None] * after, *[fault] * count]
 
     def fail_statement(self, number: int, fault: CommitFault) -> None:
@@ -185,7 +202,7 @@ class Proxy:
             # Until the startup message there are none but such without a type: requests for encryption, cancel requests.
             message = await _read_message(reader, typed=started)
             started = started or struct.unpack_from("!H", message, 4)[0] == _PROTOCOL_3
-            commits = link.read(message)
+            commits = any(self._fault_of in statement for statement in link.read(message))
             if self._is_the_statement(message) or (commits and self._faults):
                 link.fault = self._faults.pop(0) if self._faults else self._statement_fault
                 if link.fault in (CommitFault.LOSE_COMMIT, CommitFault.HOLD_COMMIT):

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle
+from statistics import median
 from time import monotonic
 from typing import Any, Final
 from uuid import uuid4
@@ -31,8 +32,11 @@ from tests.broker import Broker, delete_all
 from tests.factories import Merchant, add_funded_merchant, create_body, engine, execute, fetch
 from tests.stack import Client, Process, Stack, client, eventually, stack
 
-# What is promised while the broker does not help.
-LAG_SECONDS_MAX: Final = 2.0
+# While the broker does not help, a scan finds what waits, in a second or two; the rest is for a machine that stands still.
+# Whoever had to wait until a lease ran out is later.
+LAG_SECONDS_MAX: Final = 8.0
+# An answer never waits for the broker, which is given up after 5 s.
+ANSWER_SECONDS_MAX: Final = 4.0
 _SHOPS: Final = 3
 _CLIENTS: Final = 8
 _TICK_MILLISECONDS: Final = 200
@@ -176,14 +180,20 @@ class Scene:
 
     async def worst_lag(self, *, since: int = 0) -> float:
         """The longest time from acceptance to the end, in seconds, of the payouts answered from the `since`-th on."""
-        ids = [answer.external_id for answer in self.created[since:]]
-        (row,) = await fetch(
+        return max(await self._lags(since))
+
+    async def median_lag(self, *, since: int = 0) -> float:
+        """The same for half of them: what delays all of them shows here, a machine that stands still for a moment does not."""
+        return median(await self._lags(since))
+
+    async def _lags(self, since: int) -> list[float]:
+        rows = await fetch(
             self.owner,
-            "SELECT extract(epoch FROM max(finalized_at - created_at))::float8 AS lag FROM payouts"
-            " WHERE external_id = ANY (CAST(:ids AS text[]))",
-            ids=ids,
+            "SELECT extract(epoch FROM finalized_at - created_at)::float8 AS lag FROM payouts"
+            " WHERE external_id = ANY (CAST(:ids AS text[])) AND finalized_at IS NOT NULL",
+            ids=[answer.external_id for answer in self.created[since:]],
         )
-        return float(row.lag)
+        return [row.lag for row in rows]
 
     async def consumed(self, *workers: Process, outcome: str = "claimed") -> float:
         """Messages for settlement that these workers took."""

@@ -8,16 +8,17 @@ from common.settings import Settings
 from tests.factories import add_funded_merchant, create_body, fetch
 from tests.faults.locks import locked
 from tests.faults.merchants import assert_invariants, sender
+from tests.faults.patience import UNHURRIED, UNHURRIED_LOCKS
 from tests.faults.receiver import receiver
 from tests.stack import eventually, stack
 
 # Sooner than anything that waits is given up.
-PROMPT_SECONDS = 4.0
-REQUEST_SECONDS_MAX = 5.0
+PROMPT_SECONDS = 8.0
+REQUEST_SECONDS_MAX = 9.0
 # Only the feed reads them; nothing that is accepted writes any.
 HOLD_EVENTS = "LOCK TABLE events IN ACCESS EXCLUSIVE MODE"
 # Nothing but the bound of a request ends a wait.
-PATIENT = {"PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS": "20", "PAYOUTS_DATABASE_CONNECT_TIMEOUT_SECONDS": "20"}
+PATIENT = {"PAYOUTS_DATABASE_CONNECT_TIMEOUT_SECONDS": "40", **UNHURRIED_LOCKS}
 
 
 async def test_beyond_the_requests_at_work_one_is_refused_at_once_and_the_rest_in_time(
@@ -63,7 +64,7 @@ async def test_reads_that_hang_keep_no_create_waiting_though_no_key_is_remembere
 async def test_a_foreign_transaction_that_stays_open_holds_up_nothing_but_the_feed(
     database_url: str, owner: Engine, config: Settings
 ) -> None:
-    async with receiver() as endpoint, stack(database_url) as running:
+    async with receiver() as endpoint, stack(database_url, **UNHURRIED) as running:
         merchant = await add_funded_merchant(owner, config, webhook_url=endpoint.url)
         await asyncio.gather(running.start("gateway"), running.start("worker", "all"))
         async with sender(running.base_url, merchant) as send:
@@ -76,7 +77,7 @@ async def test_a_foreign_transaction_that_stays_open_holds_up_nothing_but_the_fe
                     (row,) = await fetch(owner, "SELECT count(*) AS n FROM callbacks WHERE state = 'delivered'")
                     return bool(row.n == 100)
 
-                await eventually(told, "everything is settled and told", 15)
+                await eventually(told, "everything is settled and told")
                 assert (await send.request("GET", "/api/v1/events")).body["data"] == []
 
             async def fed() -> bool:

@@ -21,13 +21,15 @@ from tests.bank import RunningBank, add_rail, bank
 from tests.conftest import Server
 from tests.factories import Merchant, create_body, execute, fetch
 from tests.faults.locks import Superuser, locked, until_waiting
-from tests.faults.patience import LONG, SHORT
-from tests.faults.proxy import CommitFault, proxy, until_failed
+from tests.faults.patience import LONG, SHORT, UNHURRIED_LOCKS
+from tests.faults.proxy import CLAIM, RECORD, CommitFault, proxy, until_failed
 from tests.flows import Desk, assert_sound, desk, forge
 from tests.stack import Stack, client, eventually, stack
 
 FUNDS_MINOR = 100_000_000
 AMOUNT_MINOR = 1000
+# How long the bank keeps whoever asks waiting, when it is slow: time enough for what a test does meanwhile.
+SLOW_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +62,15 @@ class Affair:
         """Return once every payout has ended; time passes quickly for what nobody has leased."""
 
         async def settled() -> bool:
-            await execute(self.desk.owner, "UPDATE payout_due SET due_at = now() WHERE lease_token IS NULL")
             # And long enough that no request of ours can be on its way to the bank any more.
             await execute(
                 self.desk.owner,
-                "UPDATE payout_attempts SET started_at = started_at - interval '10 minutes'"
-                " WHERE finished_at IS NOT NULL AND started_at > now() - interval '5 minutes'",
+                """
+                WITH aged AS (
+                  UPDATE payout_attempts SET started_at = started_at - interval '10 minutes'
+                   WHERE finished_at IS NOT NULL AND started_at > now() - interval '5 minutes')
+                UPDATE payout_due SET due_at = now() WHERE lease_token IS NULL
+                """,
             )
             return await self.desk.count("payouts", "resolution_seq IS NULL") == 0
 
@@ -84,8 +89,8 @@ class Affair:
 async def affair(database_url: str, superuser: Superuser, tmp_path: Path, **overrides: str) -> AsyncIterator[Affair]:
     """Everybody but the processes, which the test starts."""
     async with AsyncExitStack() as resources:
-        working = await resources.enter_async_context(desk(database_url))
-        there = await resources.enter_async_context(bank(tmp_path, slow_seconds=1.0))
+        working = await resources.enter_async_context(desk(database_url, **UNHURRIED_LOCKS))
+        there = await resources.enter_async_context(bank(tmp_path, slow_seconds=SLOW_SECONDS))
         await add_rail(working, "bank", there.base_url)
         merchant = await working.merchant(rail="bank")
         running = await resources.enter_async_context(stack(database_url, **overrides))
@@ -140,7 +145,7 @@ async def test_a_worker_killed_between_claim_and_call_has_paid_nothing_and_the_n
 ) -> None:
     async with affair(database_url, superuser, tmp_path, **LONG) as on, proxy(database_url) as network:
         payout_id = await on.payout()
-        network.fail_commits(CommitFault.HOLD_ANSWER)
+        network.fail_commits(CommitFault.HOLD_ANSWER, of=CLAIM)
         worker = await on.running.start("worker", "settle", DATABASE_URL=network.url)
         await until_failed(network)
         await worker.kill()
@@ -193,13 +198,13 @@ async def test_a_worker_killed_between_call_and_record_costs_a_look_up(
         await on.assert_agreed("success")
 
 
-@pytest.mark.parametrize("passed", [0, 1], ids=["claim", "record"])
+@pytest.mark.parametrize("point", [CLAIM, RECORD])
 async def test_a_worker_killed_after_a_commit_and_before_it_could_acknowledge_or_know_doubles_nothing(
-    database_url: str, superuser: Superuser, tmp_path: Path, passed: int
+    database_url: str, superuser: Superuser, tmp_path: Path, point: str
 ) -> None:
     async with affair(database_url, superuser, tmp_path, **LONG) as on, proxy(database_url) as network:
         await on.payout()
-        network.fail_commits(CommitFault.HOLD_ANSWER, after=passed)
+        network.fail_commits(CommitFault.HOLD_ANSWER, of=point)
         worker = await on.running.start("worker", "settle", DATABASE_URL=network.url)
         await until_failed(network)
         await worker.kill()
@@ -266,7 +271,7 @@ async def test_a_worker_that_sleeps_from_its_claim_until_long_after_its_lease_pa
         payout_id = await on.payout()
         on.bank.script.submits.append(Behaviour(manner))
         if manner is Manner.ANSWER:
-            network.fail_commits(CommitFault.HOLD_ANSWER)
+            network.fail_commits(CommitFault.HOLD_ANSWER, of=CLAIM)
         sleeper = await on.running.start("worker", "settle", DATABASE_URL=network.url)
         await (until_failed(network) if manner is Manner.ANSWER else on.until_booked())
         sleeper.send(signal.SIGSTOP)

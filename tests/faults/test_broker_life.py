@@ -18,7 +18,16 @@ from common.messaging.topology import Topology, Work
 from ops.ports import choose_port
 from tests.broker import Broker, MakeBroker
 from tests.faults.amqp_proxy import START_OK, Way, amqp_proxy
-from tests.faults.scene import LAG_SECONDS_MAX, SHORT_LEASES, Scene, control, declare_all, rises, scene
+from tests.faults.scene import (
+    ANSWER_SECONDS_MAX,
+    LAG_SECONDS_MAX,
+    SHORT_LEASES,
+    Scene,
+    control,
+    declare_all,
+    rises,
+    scene,
+)
 from tests.stack import Process, eventually, http_status
 
 # aiormq's grace: three heartbeats of one second more.
@@ -53,7 +62,7 @@ async def test_accepts_and_settles_while_the_broker_is_stopped(stage: Scene) -> 
         await rises(lambda: stage.consumed(worker), "work flows through the broker by itself", by=20)
     await stage.assert_work_flows(gateway, worker)
     assert await stage.worst_lag() <= LAG_SECONDS_MAX
-    assert max(answer.seconds for answer in stage.created) < 1.0
+    assert max(answer.seconds for answer in stage.created) < ANSWER_SECONDS_MAX
     await stage.assert_all_well()
 
 
@@ -111,6 +120,7 @@ async def test_accepts_and_settles_while_publishing_is_blocked(stage: Scene, res
         leaving = await stage.start("gateway", AMQP_URL=proxy.url)
         await stage.assert_work_flows(gateway, worker)
         await stage.wait_connected(leaving)
+        connections = proxy.counts[Way.UP, START_OK]
         await control(stage.broker, *alarm)
         try:
             async with stage.load():
@@ -121,7 +131,9 @@ async def test_accepts_and_settles_while_publishing_is_blocked(stage: Scene, res
                 assert await leaving.stop() == 0
                 assert monotonic() - began < LEAVING_SECONDS_MAX
                 await stage.answered(60)
-            assert proxy.counts[Way.UP, START_OK] == 2, "it piles up connections that the broker does not see closed"
+            piled_up = proxy.counts[Way.UP, START_OK] - connections
+            # One more is that of a confirm which was late before the alarm.
+            assert piled_up <= 1, "it piles up connections that the broker does not see closed"
         finally:
             await control(stage.broker, *calm)
         await _assert_back(stage, gateway, worker)
@@ -138,7 +150,7 @@ async def test_takes_the_next_host_when_one_is_away(stage: Scene) -> None:
 async def _assert_back(stage: Scene, gateway: Process, worker: Process) -> None:
     await stage.assert_work_flows(gateway, worker)
     assert await stage.worst_lag() <= LAG_SECONDS_MAX
-    assert max(answer.seconds for answer in stage.created) < 1.0
+    assert max(answer.seconds for answer in stage.created) < ANSWER_SECONDS_MAX
     await stage.assert_all_well()
 
 

@@ -19,11 +19,21 @@ from common.log import LogEvent
 from common.settings import Settings
 from gateway.deciding import Accepted, decide_batch
 from tests.factories import Merchant, add_funded_merchant, execute, fetch, order
-from tests.faults.endings import exit_code, leave
+from tests.faults.endings import EXIT_SECONDS, exit_code, leave
 from tests.faults.locks import Superuser, locked, until_waiting
 from tests.faults.merchants import assert_invariants
-from tests.faults.patience import LONG, SHORT
-from tests.faults.proxy import CommitFault, Proxy, proxy, until_failed
+from tests.faults.patience import LONG, SHORT, UNHURRIED_STATEMENTS
+from tests.faults.proxy import (
+    BOOKING,
+    CLAIM,
+    CLAIM_OF_CALLBACK,
+    RECORD,
+    RECORD_OF_CALLBACK,
+    CommitFault,
+    Proxy,
+    proxy,
+    until_failed,
+)
 from tests.faults.receiver import Receiver, receiver
 from tests.stack import Process, Stack, eventually, stack
 
@@ -33,9 +43,6 @@ USUAL, SILENT_FOR_EVER, PAID_IN_SILENCE, DECLINED_IN_SILENCE = (
     "01700000201",
     "01700000203",
 )
-
-# A worker that starts wakes the lane of what nobody told of, and then claims it.
-COMMITS_BEFORE_A_CLAIM = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +210,9 @@ async def until_round_failed(worker: Process) -> None:
     await eventually(failed, "the worker says that its database does not answer")
 
 
-async def start_behind(on: Scene, network: Proxy, role: str) -> Process:
+async def start_behind(on: Scene, network: Proxy, role: str, **overrides: str) -> Process:
     """A worker whose only way to the database is the proxy."""
-    return await on.running.start("worker", role, DATABASE_URL=network.url)
+    return await on.running.start("worker", role, DATABASE_URL=network.url, **overrides)
 
 
 # Settlement: killed.
@@ -275,15 +282,15 @@ async def test_a_worker_killed_before_it_recorded_the_answer_costs_a_look_up_and
 
 
 @pytest.mark.parametrize("fault", [CommitFault.LOSE_ANSWER, CommitFault.LOSE_COMMIT])
-@pytest.mark.parametrize(("passed", "point"), [(0, "claim"), (1, "booking"), (2, "record")])
+@pytest.mark.parametrize("point", [CLAIM, BOOKING, RECORD])
 async def test_a_settlement_whose_connection_breaks_at_commit_pays_once(
-    owner: Engine, config: Settings, superuser: Superuser, passed: int, point: str, fault: CommitFault
+    owner: Engine, config: Settings, superuser: Superuser, point: str, fault: CommitFault
 ) -> None:
     async with scene(owner, config, superuser, **LONG) as on, proxy(config.database_url) as network:
-        network.fail_commits(fault, after=passed)
+        network.fail_commits(fault, of=point)
         await start_behind(on, network, "settle")
         await until_failed(network)
-        if (point, fault) == ("claim", CommitFault.LOSE_ANSWER):
+        if (point, fault) == (CLAIM, CommitFault.LOSE_ANSWER):
             # What it claimed it does not know of: the lease has to pass.
             await on.expire_leases()
         await on.until("success")
@@ -324,7 +331,7 @@ async def test_a_worker_paused_with_an_answer_in_hand_ends_the_payout_once(
             worker.send(signal.SIGSTOP)
         # Its session has the lock now, and nobody to tell; the server ends such in time, and here at once.
         await superuser.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
             " WHERE datname = current_database() AND application_name = 'payouts-settle' AND state <> 'idle'"
         )
         await on.expire_leases()
@@ -340,8 +347,8 @@ async def test_a_claim_that_answers_after_its_lease_makes_no_call(
     owner: Engine, config: Settings, superuser: Superuser
 ) -> None:
     async with scene(owner, config, superuser, **SHORT) as on, proxy(config.database_url) as network:
-        network.fail_commits(CommitFault.HOLD_ANSWER)
-        late = await start_behind(on, network, "settle")
+        network.fail_commits(CommitFault.HOLD_ANSWER, of=CLAIM)
+        late = await start_behind(on, network, "settle", **UNHURRIED_STATEMENTS)
         await until_failed(network)
         # The lease passes by itself: this is about the clock of the one who is late.
         await on.running.start("worker", "settle", **LONG)
@@ -361,8 +368,8 @@ async def test_a_late_word_that_nothing_was_sent_does_not_send_again_what_anothe
         scene(owner, config, superuser, recipient=SILENT_FOR_EVER, **SHORT) as on,
         proxy(config.database_url) as network,
     ):
-        network.fail_commits(CommitFault.HOLD_ANSWER)
-        late = await start_behind(on, network, "settle")
+        network.fail_commits(CommitFault.HOLD_ANSWER, of=CLAIM)
+        late = await start_behind(on, network, "settle", **UNHURRIED_STATEMENTS)
         await until_failed(network)
         worker = await on.running.start("worker", "settle")
 
@@ -392,7 +399,7 @@ async def test_a_worker_killed_between_claim_and_send_delivers_when_the_lease_is
     owner: Engine, config: Settings, superuser: Superuser
 ) -> None:
     async with settled_scene(owner, config, superuser, **LONG) as on, proxy(config.database_url) as network:
-        network.fail_commits(CommitFault.HOLD_ANSWER, after=COMMITS_BEFORE_A_CLAIM)
+        network.fail_commits(CommitFault.HOLD_ANSWER, of=CLAIM_OF_CALLBACK)
         worker = await start_behind(on, network, "callbacks")
         await until_failed(network)
         await on.assert_callback_leased()
@@ -464,14 +471,13 @@ async def test_a_worker_paused_in_a_delivery_changes_nothing_when_it_wakes_up(
         await on.assert_told_once(row.callback_attempts)
 
 
-@pytest.mark.parametrize("after", [COMMITS_BEFORE_A_CLAIM, COMMITS_BEFORE_A_CLAIM + 1])
+@pytest.mark.parametrize("point", [CLAIM_OF_CALLBACK, RECORD_OF_CALLBACK])
 @pytest.mark.parametrize("fault", [CommitFault.LOSE_ANSWER, CommitFault.LOSE_COMMIT])
 async def test_a_delivery_whose_connection_breaks_at_commit_is_recorded_once(
-    owner: Engine, config: Settings, superuser: Superuser, fault: CommitFault, after: int
+    owner: Engine, config: Settings, superuser: Superuser, fault: CommitFault, point: str
 ) -> None:
-    """At the claim, and at what comes after it."""
     async with settled_scene(owner, config, superuser, **LONG) as on, proxy(config.database_url) as network:
-        network.fail_commits(fault, after=after)
+        network.fail_commits(fault, of=point)
         await start_behind(on, network, "callbacks")
         await until_failed(network)
         await on.until_told()
@@ -484,7 +490,7 @@ async def test_a_claim_of_which_nobody_heard_is_sent_as_soon_as_the_database_is_
 ) -> None:
     """Not when its lease is over: that is longer than this test waits."""
     async with settled_scene(owner, config, superuser, **LONG) as on, proxy(config.database_url) as network:
-        network.fail_commits(CommitFault.LOSE_ANSWER, after=COMMITS_BEFORE_A_CLAIM, then_refuse=True)
+        network.fail_commits(CommitFault.LOSE_ANSWER, of=CLAIM_OF_CALLBACK, then_refuse=True)
         worker = await start_behind(on, network, "callbacks")
         await until_failed(network)
         await on.assert_callback_leased()
@@ -516,7 +522,11 @@ async def test_a_database_that_falls_silent_before_a_delivery_is_recorded_costs_
 async def test_a_database_that_is_silent_for_longer_than_the_lease_costs_one_call_and_loses_nothing(
     owner: Engine, config: Settings, superuser: Superuser
 ) -> None:
-    impatient = SHORT | {"PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS": "1"}
+    impatient = SHORT | {
+        "PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS": "1",
+        "PAYOUTS_CALLBACK_TIMEOUT_SECONDS": "5",
+        "PAYOUTS_CALLBACK_LEASE_SECONDS": "10",
+    }
     async with settled_scene(owner, config, superuser, **impatient) as on, proxy(config.database_url) as network:
         on.receiver.answering.clear()
         worker = await start_behind(on, network, "callbacks")
@@ -525,7 +535,7 @@ async def test_a_database_that_is_silent_for_longer_than_the_lease_costs_one_cal
         on.receiver.answering.set()
         await until_round_failed(worker)
         # Another, whose way is free, takes it over when the lease is gone.
-        await on.running.start("worker", "callbacks")
+        await on.running.start("worker", "callbacks", **LONG)
         await on.until_told()
         finished = await fetch(owner, "SELECT finished_at FROM callbacks")
         network.flow()
@@ -578,7 +588,7 @@ async def test_one_sigterm_waits_no_longer_than_the_drain_and_what_was_lost_is_t
             return bool((await on.row()).rail_state == "paid")
 
         await eventually(booked, "the rail has booked it and keeps silent")
-        assert await asyncio.wait_for(worker.stop(), 5) == 0
+        assert await asyncio.wait_for(worker.stop(), EXIT_SECONDS) == 0
         await on.running.start("worker", "settle")
         await on.expire_leases()
         await on.until("success")
@@ -593,7 +603,7 @@ async def test_one_sigterm_waits_no_longer_than_the_drain_and_a_delivery_that_wa
         on.receiver.answering.clear()
         worker = await on.running.start("worker", "callbacks")
         await on.until_received(1)
-        assert await asyncio.wait_for(worker.stop(), 5) == 0
+        assert await asyncio.wait_for(worker.stop(), EXIT_SECONDS) == 0
         (due,) = await fetch(owner, "SELECT step, attempts_made FROM callback_due")
         assert (due.step, due.attempts_made) == (0, 1)
         on.receiver.answering.set()
@@ -614,7 +624,7 @@ async def test_a_second_signal_ends_a_worker_at_once(
             await on.until_waiting("settle", "sandbox.payments")
             await leave(worker)
             worker.send(number)
-            assert await exit_code(worker, 3) == -number
+            assert await exit_code(worker) == -number
         await on.until_disconnected("settle")
         await on.running.start("worker", "settle")
         await on.expire_leases()
@@ -628,5 +638,5 @@ async def test_idle_workers_of_every_role_leave_at_once(owner: Engine, config: S
             *(on.running.start("worker", role) for role in ("settle", "callbacks", "sweep", "all"))
         )
         await on.until_told()
-        assert await asyncio.wait_for(asyncio.gather(*(worker.stop() for worker in workers)), 5) == [0, 0, 0, 0]
+        assert await asyncio.wait_for(asyncio.gather(*(worker.stop() for worker in workers)), EXIT_SECONDS) == [0] * 4
         assert "round.failed" not in "".join(worker.output for worker in workers)

@@ -88,7 +88,7 @@ async def test_whatever_is_killed_every_answered_payout_is_there_once_and_ends_a
 async def test_two_workers_of_each_role_settle_and_tell_everything_once(
     database_url: str, owner: Engine, config: Settings
 ) -> None:
-    async with receiver() as endpoint, stack(database_url) as running:
+    async with receiver() as endpoint, stack(database_url, **UNHURRIED) as running:
         merchant = await add_funded_merchant(owner, config, webhook_url=endpoint.url)
         await running.start("gateway")
         async with sender(running.base_url, merchant) as send:
@@ -165,7 +165,7 @@ async def test_a_request_that_is_half_received_at_sigterm_is_never_refused_for_t
     database_url: str, owner: Engine, config: Settings
 ) -> None:
     merchant = await add_funded_merchant(owner, config)
-    async with stack(database_url, PAYOUTS_BODY_TIMEOUT_SECONDS="2") as running:
+    async with stack(database_url, PAYOUTS_BODY_TIMEOUT_SECONDS="8") as running:
         gateway = await running.start("gateway")
         body = create_body()
         half = len(body) // 2
@@ -182,7 +182,7 @@ async def test_a_gateway_that_leaves_under_load_accepts_nothing_that_it_does_not
     database_url: str, owner: Engine, config: Settings
 ) -> None:
     merchants = [await add_funded_merchant(owner, config) for _ in range(2)]
-    async with stack(database_url) as running:
+    async with stack(database_url, **UNHURRIED) as running:
         gateways = list(await asyncio.gather(running.start("gateway"), running.start("gateway")))
         load = Load(running.base_url, merchants, callback_url="http://127.0.0.1:9/", clients=12)
         load.start()
@@ -205,7 +205,7 @@ async def test_a_second_sigterm_ends_a_gateway_at_once(
     database_url: str, owner: Engine, config: Settings, superuser: Superuser
 ) -> None:
     merchant = await add_funded_merchant(owner, config)
-    async with stack(database_url, PAYOUTS_DATABASE_LOCK_TIMEOUT_SECONDS="30") as running:
+    async with stack(database_url, **UNHURRIED) as running:
         gateway = await running.start("gateway")
         body = create_body()
         async with (
@@ -219,7 +219,7 @@ async def test_a_second_sigterm_ends_a_gateway_at_once(
             await eventually(waits, "the create waits for the account")
             await leave(gateway)
             gateway.send(signal.SIGTERM)
-            assert await exit_code(gateway, 3) == -signal.SIGTERM
+            assert await exit_code(gateway) == -signal.SIGTERM
             assert await reader.read() == b""
         await running.start("gateway")
         async with sender(running.base_url, merchant) as send:

@@ -16,8 +16,8 @@ from ops.simulator.moods import Manner
 from tests.bank import RunningBank, add_rail, bank
 from tests.factories import Merchant, execute
 from tests.faults.locks import Superuser, locked, until_waiting
-from tests.faults.patience import LONG
-from tests.faults.proxy import CommitFault, proxy, until_failed
+from tests.faults.patience import LONG, UNHURRIED_LOCKS
+from tests.faults.proxy import CLAIM_OF_PAYIN, RECORD, CommitFault, proxy, until_failed
 from tests.flows import Desk, assert_sound, desk
 from tests.stack import Stack, eventually, stack
 
@@ -70,7 +70,7 @@ class Counter:
 @pytest.fixture
 async def counter(database_url: str, superuser: Superuser, tmp_path: Path) -> AsyncIterator[Counter]:
     async with AsyncExitStack() as resources:
-        working = await resources.enter_async_context(desk(database_url))
+        working = await resources.enter_async_context(desk(database_url, **UNHURRIED_LOCKS))
         running = await resources.enter_async_context(stack(database_url, **LONG))
         events_url = f"{running.base_url}/api/v1/rails/bank/events"
         there = await resources.enter_async_context(
@@ -155,16 +155,17 @@ async def test_a_worker_killed_in_the_middle_of_a_credit_has_credited_nothing_an
     await counter.assert_credited_once()
 
 
-@pytest.mark.parametrize("passed", [0, 1], ids=["claim", "credit"])
+@pytest.mark.parametrize("point", [CLAIM_OF_PAYIN, RECORD])
 async def test_a_worker_killed_after_a_commit_and_before_it_knows_credits_once(
-    counter: Counter, database_url: str, passed: int
+    counter: Counter, database_url: str, point: str
 ) -> None:
     payin_id = await counter.payin()
     await counter.pay(payin_id)
     async with proxy(database_url) as network:
-        network.fail_commits(CommitFault.HOLD_ANSWER, after=passed)
+        network.fail_commits(CommitFault.HOLD_ANSWER, of=point)
         worker = await counter.running.start("worker", "settle", DATABASE_URL=network.url)
         await until_failed(network)
+        assert await counter.desk.count("payin_due", "lease_token IS NOT NULL") == (point == CLAIM_OF_PAYIN)
         await worker.kill()
     await counter.expire_leases()
     await counter.running.start("worker", "settle")

@@ -27,6 +27,10 @@ from worker.callbacks.send import Attempt
 
 BECAUSE: Final = ("--reason", "their server is back", "--actor", "alice")
 URL: Final = "http://127.0.0.1:9/hook"
+# The console script, which whoever runs the tests in the background would leave deaf to SIGINT.
+_INTERRUPTIBLE: Final = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ops.cli import main; main()"
+)
 
 
 @pytest.fixture
@@ -383,7 +387,7 @@ async def test_a_replay_that_is_interrupted_says_so(floor: Desk, database_url: s
     await tell(floor, await floor.merchant(), 20)
     await deliver(floor, 503)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", "from ops.cli import main; main()"),
+        *(sys.executable, "-c", _INTERRUPTIBLE),
         *("callbacks", "replay", "--per-second", "1", *BECAUSE),
         env=os.environ | environment(database_url),
         stdout=asyncio.subprocess.PIPE,

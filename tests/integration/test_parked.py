@@ -298,9 +298,11 @@ async def test_a_message_that_cannot_be_decoded_is_named_and_stepped_over(lot: L
     listed = await lot.run("list")
     assert (listed.code, "m-1" in listed.out, "m-2" in listed.out) == (0, True, False)
     assert "drop --undecodable" in listed.err
+    await lot.holds(3)
     stopped = await lot.run("drop", "--all", *BECAUSE)
     assert (stopped.code, "dropped  1" in stopped.out, "drop --undecodable" in stopped.err) == (1, True, True)
 
+    await lot.holds(2)
     await lot.park(b"poison", message_id="m-3")
     assert (await lot.run("drop", "--undecodable", *BECAUSE, "--json")).document == {"dropped": 1, "kept": 0}
 
