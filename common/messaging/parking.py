@@ -175,9 +175,11 @@ async def drop_undecodable(
 ) -> bool:
     """Drop the message behind so many that can be decoded, unseen, if it can not; whether that was so.
 
-    One connection holds what is in front of it, the other takes it for good, and breaks over it.
+    One connection holds what is in front of it, the other takes it for good, and breaks over it. Whoever has just looked at it
+    broke a connection too, which gives back what it held a moment later.
     """
     channel = await connection.channel(on_return_raises=True)
+    await _wait_until_back(channel, topology, behind + 1)
     queue = await channel.get_queue(topology.parked, ensure=False)
     held = [await queue.get(fail=False) for _ in range(behind)]
     next_channel = await taking.channel()

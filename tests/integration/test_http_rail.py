@@ -22,7 +22,7 @@ from worker.rails.http import HttpRail, open_rail_session
 
 FUNDS_MINOR = 100_000_000
 AMOUNT_MINOR = 1000
-TIMEOUT_SECONDS = 0.5
+TIMEOUT_SECONDS = 2.0
 ORDER = PaymentOrder("po_1", AMOUNT_MINOR, "BDT", Recipient("01712345678", {"bank": "x"}))
 
 

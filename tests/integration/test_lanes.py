@@ -846,7 +846,7 @@ async def test_those_who_were_in_flight_beside_the_one_that_kills_workers_are_no
             "SELECT extract(epoch FROM max(due_at) - min(due_at))::float8 AS seconds,"
             " extract(epoch FROM min(due_at) - now())::float8 AS soonest FROM callback_due"
         )
-        assert spread.soonest <= 5
+        assert spread.soonest <= 15
         assert (spread.seconds > 20) is (lost > 1)
 
 

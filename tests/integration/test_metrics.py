@@ -133,6 +133,12 @@ async def test_the_admin_ports_tell_all_that_operators_must_see(
         )
         await owner.dispose()
         processes = await asyncio.gather(running.start("gateway"), running.start("worker", "all"))
+
+        async def connected() -> bool:
+            told = await told_by(processes[0])
+            return told["payouts_broker_connected", frozenset({("link", "publish")})] == 1
+
+        await eventually(connected, "the gateway can publish")
         await run_one_payout(running)
         told = [await wait_until_told(process) for process in processes]
 
@@ -165,7 +171,8 @@ async def test_a_transaction_that_stays_open_is_seen_and_one_that_only_reads_is_
 
 async def test_what_a_sweep_could_not_look_at_is_not_known_any_more(database_url: str) -> None:
     """A value that stays as it was would tell alarms that all is well."""
-    worker = engine(database_url, role="payouts_worker", PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS="0.5")
+    worker = engine(database_url, role="payouts_worker")
+    impatient = engine(database_url, role="payouts_worker", PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS="0.5")
     sweeper = Sweeper(worker)
 
     def known() -> set[str]:
@@ -178,7 +185,7 @@ async def test_what_a_sweep_could_not_look_at_is_not_known_any_more(database_url
     async with connection.transaction():
         await connection.execute("LOCK TABLE callback_lanes IN ACCESS EXCLUSIVE MODE")
         with pytest.raises(Transient):
-            await sweeper.run_round()
+            await Sweeper(impatient).run_round()
         assert known() == set()
     await connection.close()
 

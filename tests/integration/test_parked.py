@@ -319,4 +319,5 @@ async def test_what_stands_before_an_undecodable_message_stays(lot: Lot) -> None
 
     assert (await lot.run("drop", "--undecodable", *BECAUSE, "--json")).document == {"dropped": 1, "kept": 0}
 
+    await lot.holds(4)
     assert sorted(ids(await lot.listed())) == ["m-0", "m-1", "m-2", "m-9"]

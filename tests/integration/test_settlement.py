@@ -88,7 +88,7 @@ async def _due_in_seconds(desk: Desk, payout_id: UUID) -> float:
 
 async def _run_to_the_end(desk: Desk, payout_id: UUID, rounds_max: int = 6) -> None:
     """Settle, and travel from one due time to the next, until the payout is final or the rounds are up."""
-    settler = desk.settler(rail_timeout_seconds=0.2)
+    settler = desk.settler(rail_timeout_seconds=1.0)
     for _ in range(rounds_max):
         await desk.settle(settler)
         if State(await desk.state(payout_id)).is_final:
