@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any, Final
 
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 from yarl import URL
 
 from common.domain.addresses import parse_callback_url
@@ -28,6 +30,14 @@ DEVELOPMENT: Final = "development"
 PRODUCTION: Final = "production"
 
 _PREFIX: Final = "PAYOUTS_"
+# What asyncpg takes in words; whatever else it can do has settings of its own, or is ours to choose.
+_DATABASE_PARAMETERS: Final = frozenset(
+    {
+        *("host", "port", "database", "user", "password", "passfile", "krbsrvname", "gsslib"),
+        *("ssl", "sslmode", "sslcert", "sslkey", "sslrootcert", "sslcrl", "sslpassword", "sslnegotiation"),
+        *("ssl_min_protocol_version", "ssl_max_protocol_version"),
+    }
+)
 _DELAY_SECONDS_MAX: Final = 30 * 24 * 3600.0
 _DELAYS_MAX: Final = 50
 _META: Final = "setting"
@@ -114,8 +124,15 @@ def _queue_prefix(text: str) -> str:
 
 
 def _postgresql(text: str) -> str:
-    if not re.match(r"postgres(ql)?(\+asyncpg)?://", text):
-        raise _Nonsense("must be postgresql://…")
+    try:
+        if not re.match(r"postgres(ql)?(\+asyncpg)?://", text):
+            raise ValueError
+        parameters = make_url(text).query
+    except (ArgumentError, ValueError):
+        raise _Nonsense("must be postgresql://…") from None
+    if not set(parameters) <= _DATABASE_PARAMETERS:
+        # Unnamed: it may be the rest of a password in which nobody escaped anything.
+        raise _Nonsense(f"may have the parameters {', '.join(sorted(_DATABASE_PARAMETERS))}, and no others")
     return text
 
 

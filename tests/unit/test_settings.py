@@ -104,9 +104,22 @@ def test_nonsense_is_refused_by_the_name_of_its_variable_and_without_its_value(v
     assert KEY[:20] not in said
 
 
-@pytest.mark.parametrize("value", ["", " ", "sqlite:///payouts", "mysql://root@db/payouts", "not a url"])
+@pytest.mark.parametrize(
+    "value", ["", " ", "sqlite:///payouts", "mysql://root@db/payouts", "not a url", "postgresql://db:port/payouts"]
+)
 def test_a_database_url_that_is_none_of_postgresql_is_refused(value: str) -> None:
     assert refusal(DATABASE_URL=value).startswith("DATABASE_URL: ")
+
+
+@pytest.mark.parametrize("query", ["connect_timeout=10", "application_name=payouts&sslmode=require", "timeout=3"])
+def test_a_parameter_that_the_driver_does_not_know_is_refused_before_it_connects(query: str) -> None:
+    assert "sslmode" in refusal(DATABASE_URL=f"{GOOD['DATABASE_URL']}?{query}")
+
+
+def test_what_looks_like_a_parameter_and_is_the_rest_of_a_password_is_not_told() -> None:
+    said = refusal(DATABASE_URL="postgresql://payouts:one-half@x?other-half=x@db/payouts")
+    assert said.startswith("DATABASE_URL: ")
+    assert "half" not in said
 
 
 def test_one_id_for_two_master_keys_is_refused() -> None:
