@@ -30,10 +30,10 @@ DEVELOPMENT: Final = "development"
 PRODUCTION: Final = "production"
 
 _PREFIX: Final = "PAYOUTS_"
-# What asyncpg takes in words; whatever else it can do has settings of its own, or is ours to choose.
+# Where the database is, how it knows us and how it is known. All else has settings of its own, or is ours to choose.
 _DATABASE_PARAMETERS: Final = frozenset(
     {
-        *("host", "port", "database", "user", "password", "passfile", "krbsrvname", "gsslib"),
+        *("host", "port", "passfile", "krbsrvname", "gsslib"),
         *("ssl", "sslmode", "sslcert", "sslkey", "sslrootcert", "sslcrl", "sslpassword", "sslnegotiation"),
         *("ssl_min_protocol_version", "ssl_max_protocol_version"),
     }
@@ -130,6 +130,8 @@ def _postgresql(text: str) -> str:
         parameters = make_url(text).query
     except (ArgumentError, ValueError):
         raise _Nonsense("must be postgresql://…") from None
+    if "ssl" in parameters and "sslmode" in parameters:
+        raise _Nonsense("must have one of ssl and sslmode, not both")
     if not set(parameters) <= _DATABASE_PARAMETERS:
         # Unnamed: it may be the rest of a password in which nobody escaped anything.
         raise _Nonsense(f"may have the parameters {', '.join(sorted(_DATABASE_PARAMETERS))}, and no others")

@@ -171,15 +171,15 @@ async def judge_parked(
 
 
 async def drop_undecodable(
-    connection: AbstractConnection, taking: AbstractConnection, topology: Topology, *, behind: int
+    connection: AbstractConnection, taking: AbstractConnection, topology: Topology, *, behind: int, of: int
 ) -> bool:
     """Drop the message behind so many that can be decoded, unseen, if it can not; whether that was so.
 
-    One connection holds what is in front of it, the other takes it for good, and breaks over it. Whoever has just looked at it
-    broke a connection too, which gives back what it held a moment later.
+    One connection holds what is in front of it, the other takes it for good, and breaks over it. The look that found it broke
+    one too, and what that held comes back a moment later: `of` is how many were parked then.
     """
     channel = await connection.channel(on_return_raises=True)
-    await _wait_until_back(channel, topology, behind + 1)
+    await _wait_until_back(channel, topology, of)
     queue = await channel.get_queue(topology.parked, ensure=False)
     held = [await queue.get(fail=False) for _ in range(behind)]
     next_channel = await taking.channel()

@@ -162,7 +162,7 @@ async def _drop_undecodable(engine: Engine, *, reason: str, actor: str) -> None:
     )
     settings = read_settings()
     async with broker_connection(settings) as holding, broker_connection(settings) as taking:
-        if not await drop_undecodable(holding, taking, topology, behind=behind):
+        if not await drop_undecodable(holding, taking, topology, behind=behind, of=count):
             raise Refused("somebody else is at work on the parked messages; repeat the command")
 
 

@@ -28,6 +28,8 @@ from tests.faults.proxy import CommitFault, Proxy, proxy
 from tests.stack import Process, eventually, stack
 
 GATEWAY = "payouts-gateway"
+# Whatever is answered sooner has not waited.
+PATIENT = {"PAYOUTS_DATABASE_CONNECT_TIMEOUT_SECONDS": "40", **UNHURRIED}
 
 
 @asynccontextmanager
@@ -126,7 +128,8 @@ async def test_a_commit_that_never_answers_is_a_503_in_time_and_counts_once(
         database_url,
         merchant,
         PAYOUTS_ACCEPT_WAIT_SECONDS_MAX="1",
-        PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS="0.5",
+        # The driver gives up 5 s later.
+        PAYOUTS_DATABASE_STATEMENT_TIMEOUT_SECONDS="5",
     ) as (network, send, _):
         await create_until_answered(send, create_body())
         network.fail_commits(CommitFault.HOLD_ANSWER)
@@ -186,7 +189,7 @@ async def test_a_database_that_refuses_is_a_503_at_once_and_heals_by_itself(
     database_url: str, owner: Engine, config: Settings
 ) -> None:
     merchant = await add_funded_merchant(owner, config)
-    async with gateway_behind_proxy(database_url, merchant) as (network, send, process):
+    async with gateway_behind_proxy(database_url, merchant, **PATIENT) as (network, send, process):
         network.refuse()
         body = create_body()
         answers = await asyncio.gather(
@@ -247,7 +250,7 @@ async def test_a_server_that_takes_no_more_connections_is_a_503_and_heals_by_its
 ) -> None:
     merchant = await add_funded_merchant(owner, config)
     name = await superuser.fetchval("SELECT current_database()")
-    async with gateway_behind_proxy(database_url, merchant) as (network, send, process):
+    async with gateway_behind_proxy(database_url, merchant, **PATIENT) as (network, send, process):
         await superuser.execute(f"ALTER DATABASE {name} CONNECTION LIMIT 0")
         network.cut()
         body = create_body()

@@ -228,13 +228,16 @@ async def test_a_key_that_has_expired_or_was_revoked_is_as_unknown_as_one_that_n
 
 
 async def test_a_key_expires_at_its_time_although_it_is_remembered(gateway: Gateway) -> None:
-    merchant = await with_key(gateway, expires_at=datetime.now(UTC) + timedelta(seconds=6))
+    expires_at = datetime.now(UTC) + timedelta(seconds=6)
+    merchant = await with_key(gateway, expires_at=expires_at)
     assert (await gateway.ask(merchant, "GET", BALANCE)).status == 200
 
     async def refused() -> bool:
         return (await gateway.ask(merchant, "GET", BALANCE)).status == 401
 
     await eventually(refused, "the key has expired")
+    # It is looked up anew every 5 s: just before it expires, and then not for a while.
+    assert datetime.now(UTC) < expires_at + timedelta(seconds=3.5)
 
 
 async def test_a_revocation_holds_once_the_key_is_no_longer_remembered(gateway: Gateway) -> None:

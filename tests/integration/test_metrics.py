@@ -187,6 +187,7 @@ async def test_what_a_sweep_could_not_look_at_is_not_known_any_more(database_url
         with pytest.raises(Transient):
             await Sweeper(impatient).run_round()
         assert known() == set()
+    await impatient.dispose()
     await connection.close()
 
     await sweeper.run_round()
