@@ -1,10 +1,11 @@
 """Deadlines of many that all may take equally long: one timer for the oldest, where one for each costs more than it guards."""
 
 import asyncio
-from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Any, Generic, TypeVar
 
 _Key = TypeVar("_Key", bound=Hashable)
+_Result = TypeVar("_Result")
 
 
 class Deadlines(Generic[_Key]):
@@ -38,3 +39,35 @@ class Deadlines(Generic[_Key]):
                 return
             del self._ends[key]
             self._expire(key)
+
+
+class TimeLimit:
+    """`asyncio.timeout` of so many `seconds` for everything that is done under it; a task does one thing at a time there."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._deadlines = Deadlines[asyncio.Task[Any]](seconds, self._give_up)
+        self._given_up: set[asyncio.Task[Any]] = set()
+
+    async def keep(self, work: Awaitable[_Result]) -> _Result:
+        """Do the work in the running task. Raises: `TimeoutError` when its time is over; what `work` raises."""
+        task = asyncio.current_task()
+        assert task is not None, "what can be given up runs in a task"
+        canceled_before = task.cancelling()
+        self._deadlines.begin(task)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            # One of ours, and nobody else's beside it.
+            if task not in self._given_up or task.cancelling() > canceled_before + 1:
+                raise
+            raise TimeoutError from None
+        finally:
+            self._deadlines.end(task)
+            if task in self._given_up:
+                self._given_up.remove(task)
+                task.uncancel()
+
+    def _give_up(self, task: asyncio.Task[Any]) -> None:
+        self._given_up.add(task)
+        task.cancel()

@@ -5,7 +5,6 @@ a signature or a recipient.
 import json
 import logging
 import sys
-from contextlib import suppress
 from enum import StrEnum
 from functools import cache, lru_cache
 from time import monotonic
@@ -78,10 +77,14 @@ def _forbidden_of(keys: tuple[str, ...]) -> list[str]:
 
 def _render_json(_logger: Any, _method: str, line: structlog.typing.EventDict) -> str:
     """One line of JSON in ASCII, whatever is in it; the fast way where that is enough. Our classes are told by their `repr`."""
-    with suppress(TypeError):
+    try:
         told = orjson.dumps(line, default=repr, option=_JSON_OPTIONS)
-        if told.isascii():
-            return told.decode()
+    except TypeError:
+        return _render_slowly(line)
+    return told.decode() if told.isascii() else _render_slowly(line)
+
+
+def _render_slowly(line: structlog.typing.EventDict) -> str:
     return json.dumps(line, default=repr, sort_keys=True, separators=(",", ":"))
 
 

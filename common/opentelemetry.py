@@ -103,19 +103,15 @@ class OpenTelemetryTracer:
 
 
 class _Recorded(Span):
-    __slots__ = ("_span", "_traceparent", "_tracer")
+    __slots__ = ("_span", "_tracer", "traceparent")
 
     def __init__(self, tracer: OpenTelemetryTracer, span: trace.Span) -> None:
         self._tracer = tracer
         self._span = span
-        self._traceparent = _render(span.get_span_context())
-
-    @property
-    def traceparent(self) -> str | None:
-        return self._traceparent
+        self.traceparent = _render(span.get_span_context())
 
     def child(self, name: str, kind: Kind = Kind.INTERNAL, attributes: Attributes | None = None) -> Span:
-        parent = self._traceparent
+        parent = self.traceparent
         return Span() if parent is None else self._tracer.span(name, kind, parent, (), attributes)
 
     def note(self, attributes: Attributes) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
+import orjson
+
 from common.sealing import RECIPIENT_PURPOSE, Keyring
 
 
@@ -18,8 +20,16 @@ class Recipient:
 
 def seal_recipient(keyring: Keyring, recipient: Recipient, *, shop_id: UUID, payout_id: UUID, now: float) -> bytes:
     """Encrypt for that payout of that shop. `now` is Unix seconds."""
-    plain = json.dumps([recipient.number, recipient.payment_data]).encode()
-    return keyring.seal(plain, owner=shop_id, row=payout_id, purpose=RECIPIENT_PURPOSE, now=now)
+    return keyring.seal(_pack(recipient), owner=shop_id, row=payout_id, purpose=RECIPIENT_PURPOSE, now=now)
+
+
+def _pack(recipient: Recipient) -> bytes:
+    content = [recipient.number, recipient.payment_data]
+    try:
+        return orjson.dumps(content)
+    except TypeError:
+        # Numbers of merchants may be greater than it takes.
+        return json.dumps(content).encode()
 
 
 def open_recipient(keyring: Keyring, sealed: bytes, *, shop_id: UUID, payout_id: UUID) -> Recipient:

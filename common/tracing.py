@@ -42,10 +42,7 @@ class Span:
 
     __slots__ = ()
 
-    @property
-    def traceparent(self) -> str | None:
-        """Where others go on."""
-        return None
+    traceparent: str | None = None
 
     def child(self, _name: str, _kind: Kind = Kind.INTERNAL, _attributes: Attributes | None = None) -> "Span":
         """A part of it."""

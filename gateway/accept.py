@@ -99,8 +99,8 @@ class Acceptor:
         """
         if self._waiting_count >= self._queue_max:
             raise Overloaded
-        loop = asyncio.get_running_loop()
-        waiting = _Waiting(order, loop.create_future(), monotonic() + self._wait_seconds)
+        future = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(order, future, monotonic() + self._wait_seconds)
         self._waiting_count += 1
         shop_id = order.shop.id
         line = self._busy_lines.get(shop_id) or self._lines[shop_id.int % len(self._lines)]
@@ -157,7 +157,7 @@ class Acceptor:
         while batch := self._take(line):
             shared: list[_Waiting] = []
             for waiting in batch:
-                if waiting.order.shop.id in self._busy_lines:
+                if self._busy_lines and waiting.order.shop.id in self._busy_lines:
                     self._to_busy_line(waiting)
                 else:
                     shared.append(waiting)
@@ -200,7 +200,7 @@ class Acceptor:
         busy: list[_Waiting] = []
         new: list[Order] = []
         for waiting in batch:
-            verdict = verdicts[waiting.order.id]
+            verdict = verdicts[waiting]
             if verdict is None or isinstance(verdict, AccountBusy):
                 busy.append(waiting)
                 continue
@@ -215,27 +215,27 @@ class Acceptor:
 
     async def _find_verdicts(
         self, batch: list[_Waiting], wait_seconds: float
-    ) -> Mapping[UUID, Verdict | Exception | None]:
-        """By the order's id its verdict, or the error that it met; None where somebody else holds the account."""
+    ) -> Mapping[_Waiting, Verdict | Exception | None]:
+        """The verdict of each, or the error that it met; None where somebody else holds the account."""
         failure: Exception | None = None
         accepted_at: Mapping[int, datetime | None] = {waiting.order.shop.account_id: None for waiting in batch}
         try:
             accepted_at = await self._accept_unopposed(batch, wait_seconds)
         except (AccountBusy, DatabaseSlow) as error:
-            return {waiting.order.id: error for waiting in batch}
+            return dict.fromkeys(batch, error)
         except Exception as error:
             # It is undone. The careful way finds out whose fault it was, if it was anybody's but the statement's.
             failure = error
-        verdicts: dict[UUID, Verdict | Exception | None] = {}
+        verdicts: dict[_Waiting, Verdict | Exception | None] = {}
         opposed: list[_Waiting] = []
         for waiting in batch:
             order = waiting.order
             if order.shop.account_id not in accepted_at:
-                verdicts[order.id] = None
+                verdicts[waiting] = None
             elif (moment := accepted_at[order.shop.account_id]) is None:
                 opposed.append(waiting)
             else:
-                verdicts[order.id] = Accepted(new_payout(order, moment), replayed=False)
+                verdicts[waiting] = Accepted(new_payout(order, moment), replayed=False)
         if opposed:
             verdicts |= await self._decide_carefully(opposed, wait_seconds)
         if failure is not None and all(
@@ -274,7 +274,7 @@ class Acceptor:
 
     async def _decide_carefully(
         self, batch: list[_Waiting], wait_seconds: float
-    ) -> Mapping[UUID, Verdict | Exception | None]:
+    ) -> Mapping[_Waiting, Verdict | Exception | None]:
         by_id = {waiting.order.id: waiting for waiting in batch}
 
         def is_wanted(order: Order) -> bool:
@@ -291,7 +291,7 @@ class Acceptor:
         for verdict in verdicts:
             if isinstance(verdict, Accepted) and not verdict.replayed:
                 self._clock.set(verdict.payout.created_at)
-        return dict(zip(by_id, verdicts, strict=True))
+        return dict(zip(batch, verdicts, strict=True))
 
 
 def _withdraw(waiting: _Waiting) -> None:

@@ -48,23 +48,11 @@ from gateway.deciding import Order
 from gateway.errors import REQUEST_ID, SERVER, render_error
 from gateway.events import list_events
 from gateway.gate import Gate
-from gateway.keys import (
-    ACCEPTOR,
-    AUTHENTICATOR,
-    CANCELER,
-    ENGINE,
-    GATE,
-    KEYRING,
-    RAIL_SECRETS,
-    READINESS,
-    SETTINGS,
-    SPAN,
-    TELL_CALLBACKS,
-)
 from gateway.log import SUBJECT, Subject, log_request
 from gateway.payins import create_payin, show_payin
 from gateway.payouts import cancel_payout, create_payout, list_payout_events, show_payout
 from gateway.rails import receive_event
+from gateway.resources import RESOURCES, SPAN, Resources
 
 PREFIX: Final = "/api/v1"
 BODY_BYTES_MAX: Final = 64 * 1024
@@ -113,10 +101,7 @@ _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{8,64}", re.ASCII)
 def create_app(settings: Settings, readiness: Readiness, *, schema_revision: str) -> web.Application:
     """The application; connects to nothing before it starts."""
     app = web.Application(middlewares=[answer], client_max_size=BODY_BYTES_MAX)
-    app[SETTINGS] = settings
-    app[KEYRING] = settings.keyring
-    app[READINESS] = readiness
-    app.cleanup_ctx.append(_resources(readiness, schema_revision))
+    app.cleanup_ctx.append(_resources(settings, readiness, schema_revision))
     app.router.add_get("/livez", livez)
     app.router.add_get("/readyz", readyz(readiness))
     app.router.add_post(PREFIX + "/rails/{rail}/events", _receive_event)
@@ -131,10 +116,11 @@ async def _watch(readiness: Readiness, engine: Engine, schema_revision: str, set
     await readiness.watch_database(engine)
 
 
-def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Application], AsyncIterator[None]]:
+def _resources(
+    settings: Settings, readiness: Readiness, schema_revision: str
+) -> Callable[[web.Application], AsyncIterator[None]]:
     async def resources(app: web.Application) -> AsyncIterator[None]:
-        settings = app[SETTINGS]
-        app[GATE] = Gate(requests_max=settings.requests_max, seconds_max=settings.request_seconds_max)
+        keyring = settings.keyring
         # Accepting and reading have connections of their own, so that neither can starve the other. Who asks, and whether we
         # are ready, is asked on those of accepting, which nothing holds for long.
         busy_committers = max(1, (settings.database_pool_max - settings.accept_committers) // 2)
@@ -143,17 +129,15 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
             settings, role="payouts_gateway", application="payouts-gateway-accept", pool_max=accepting
         )
         read_pool = max(1, settings.database_pool_max - accepting)
-        engine = app[ENGINE] = create_engine(
-            settings, role="payouts_gateway", application="payouts-gateway-read", pool_max=read_pool
-        )
-        app[AUTHENTICATOR] = Authenticator(
+        engine = create_engine(settings, role="payouts_gateway", application="payouts-gateway-read", pool_max=read_pool)
+        authenticator = Authenticator(
             accept_engine,
-            app[KEYRING],
+            keyring,
             cache_seconds=settings.key_cache_seconds,
             requests_per_second_max=settings.key_requests_per_second_max,
         )
         publisher = Publisher(Topology(settings.amqp_queue_prefix, settings.amqp_shards))
-        app[ACCEPTOR] = Acceptor(
+        acceptor = Acceptor(
             accept_engine,
             committers=settings.accept_committers,
             busy_committers=busy_committers,
@@ -163,13 +147,23 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
             wait_seconds=settings.accept_wait_seconds_max,
             tell=partial(_tell, publisher) if settings.amqp_urls else lambda _: None,
         )
-        app[RAIL_SECRETS] = RailSecrets(engine, app[KEYRING], cache_seconds=settings.key_cache_seconds)
-        app[TELL_CALLBACKS] = partial(publisher.offer, Work.CALLBACK) if settings.amqp_urls else lambda _: None
-        app[CANCELER] = Canceler(
+        canceler = Canceler(
             engine,
             slots=max(1, read_pool // 2),
             busy_seconds_max=settings.database_lock_timeout_seconds,
             tell=partial(_tell_events, publisher) if settings.amqp_urls else lambda _: None,
+        )
+        app[RESOURCES] = Resources(
+            settings=settings,
+            keyring=keyring,
+            readiness=readiness,
+            gate=Gate(requests_max=settings.requests_max, seconds_max=settings.request_seconds_max),
+            authenticator=authenticator,
+            rail_secrets=RailSecrets(engine, keyring, cache_seconds=settings.key_cache_seconds),
+            acceptor=acceptor,
+            canceler=canceler,
+            engine=engine,
+            tell_callbacks=partial(publisher.offer, Work.CALLBACK) if settings.amqp_urls else lambda _: None,
         )
         # The broker may come later, or never: accepting does not need it.
         links = [Link("publish", settings.amqp_urls, publisher.session)] if settings.amqp_urls else []
@@ -178,7 +172,7 @@ def _resources(readiness: Readiness, schema_revision: str) -> Callable[[web.Appl
         watching = asyncio.create_task(_watch(readiness, accept_engine, schema_revision, settings))
         yield
         watching.cancel()
-        await app[ACCEPTOR].close(settings.drain_seconds)
+        await acceptor.close(settings.drain_seconds)
         await publisher.drain(_PUBLISH_DRAIN_SECONDS)
         await end_tasks(publishing, 0)
         await asyncio.gather(close_engine(accept_engine), close_engine(engine))
@@ -201,15 +195,18 @@ def _guarded(endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.Respon
     """The handler behind authentication: no route can forget it."""
 
     async def handle(request: web.Request) -> web.Response:
-        settings = request.app[SETTINGS]
-        credentials = read_credentials(request, now=time.time(), window_seconds=settings.signature_window_seconds)
-        body = await _read_body(request, settings.body_timeout_seconds)
-        return await request.app[GATE].let_in(lambda: serve(request, credentials, body))
+        resources = request.app[RESOURCES]
+        window_seconds = resources.settings.signature_window_seconds
+        credentials = read_credentials(request, now=time.time(), window_seconds=window_seconds)
+        body = await _read_body(request, resources)
+        return await resources.gate.let_in(partial(serve, request, resources.authenticator, credentials, body))
 
-    async def serve(request: web.Request, credentials: Credentials, body: bytes) -> web.Response:
+    async def serve(
+        request: web.Request, authenticator: Authenticator, credentials: Credentials, body: bytes
+    ) -> web.Response:
         # The older formula binds no route: a captured create must not open a look-up, so those have no body.
         body_formula = endpoint.body_formula and (endpoint.method == "POST" or not body)
-        caller = await request.app[AUTHENTICATOR].authenticate(
+        caller = await authenticator.authenticate(
             request, credentials, body, scope=endpoint.scope, body_formula=body_formula
         )
         if endpoint.method == "POST" and body and request.content_type != "application/json":
@@ -232,13 +229,14 @@ def _left_to_end(handle: Handler) -> Handler:
 
 async def _receive_event(request: web.Request) -> web.Response:
     """A rail's event, which its own secret signs."""
-    settings = request.app[SETTINGS]
-    signed = read_signature(request, now=time.time(), window_seconds=settings.signature_window_seconds)
-    body = await _read_body(request, settings.body_timeout_seconds)
-    return await request.app[GATE].let_in(lambda: asyncio.shield(receive_event(request, *signed, body)))
+    resources = request.app[RESOURCES]
+    window_seconds = resources.settings.signature_window_seconds
+    signed = read_signature(request, now=time.time(), window_seconds=window_seconds)
+    body = await _read_body(request, resources)
+    return await resources.gate.let_in(lambda: asyncio.shield(receive_event(request, *signed, body)))
 
 
-async def _read_body(request: web.Request, timeout_seconds: float) -> bytes:
+async def _read_body(request: web.Request, resources: Resources) -> bytes:
     """The body as received.
 
     Raises: `BodyTooLarge`, `InvalidRequest` when it does not arrive in time, `UnreadableRequest` when it breaks off.
@@ -248,12 +246,12 @@ async def _read_body(request: web.Request, timeout_seconds: float) -> bytes:
     try:
         if request.content.is_eof():
             return await request.read()
-        async with asyncio.timeout(timeout_seconds):
+        async with asyncio.timeout(resources.settings.body_timeout_seconds):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise BodyTooLarge from None
     except TimeoutError:
-        if request.app[READINESS].leaving:
+        if resources.readiness.leaving:
             # Nothing more is read on the way out; that is not the merchant's fault.
             raise Overloaded from None
         raise InvalidRequest(FieldError("body", "Request body was not received in time")) from None
@@ -269,7 +267,10 @@ async def answer(
     started = time.monotonic()
     sent_id = request.headers.get(REQUEST_ID, "")
     request_id = sent_id if _REQUEST_ID.fullmatch(sent_id) else uuid4().hex
-    route, subject = _route(request), Subject()
+    matched = request.match_info.route
+    # The route's pattern, never the path: paths carry merchants' ids.
+    route = "-" if matched.resource is None else matched.resource.canonical
+    subject = Subject()
     request[SUBJECT] = subject
     status, error = None, None
     # Every request has a task, and by that a context, of its own.
@@ -279,14 +280,14 @@ async def answer(
         try:
             response, error = await _answer(request, handler, request_id)
             status = response.status
-            response.headers[REQUEST_ID] = request_id
-            response.headers["Server"] = SERVER
+            headers = response.headers
+            headers[REQUEST_ID] = request_id
+            headers["Server"] = SERVER
             return response
         finally:
             if status is not None:
                 # The route's method: a client may make up any.
-                timer = _request_timer(request.match_info.route.method, route, status)
-                timer.observe(time.monotonic() - started)
+                _request_timer(matched.method, route, status).observe(time.monotonic() - started)
             if span.traceparent is not None:
                 _note(span, request, request_id, route, status, error)
             log_request(
@@ -361,9 +362,3 @@ def _note(
 def _request_timer(method: str, route: str, status: int) -> Histogram:
     """The one of these labels, at hand: to look it up costs as much as to use it."""
     return REQUEST_SECONDS.labels(method, route, status)
-
-
-def _route(request: web.Request) -> str:
-    """The route's pattern, never the path: paths carry merchants' ids."""
-    resource = request.match_info.route.resource
-    return "-" if resource is None else resource.canonical

@@ -81,7 +81,8 @@ def read_signature(request: web.Request, *, now: float, window_seconds: float) -
 
     Raises: `TimestampRequired`, `SignatureRequired`, `InvalidTimestampFormat`, `TimestampWindowExceeded`.
     """
-    timestamp, signature = (request.headers.get(f"X-{name}", "") for name in ("Timestamp", "Signature"))
+    headers = request.headers
+    timestamp, signature = headers.get("X-Timestamp", ""), headers.get("X-Signature", "")
     if not timestamp:
         raise TimestampRequired
     if not signature:

@@ -9,17 +9,17 @@ from common.domain.times import render_time
 from common.errors import InvariantViolated, ShopCurrencyMismatch
 from gateway.auth import Caller
 from gateway.errors import json_response
-from gateway.keys import AUTHENTICATOR, ENGINE
+from gateway.resources import RESOURCES
 from gateway.schemas import read_query
 
 
 async def show_balance(request: web.Request, caller: Caller, _body: bytes) -> web.Response:
     """`GET /balance`: what the resolved shop may spend and what its unfinished payouts hold, of one moment."""
-    shop = await request.app[AUTHENTICATOR].resolve_shop(request, caller, read_query(request, "shop_code"))
+    shop = await request.app[RESOURCES].authenticator.resolve_shop(request, caller, read_query(request, "shop_code"))
     if (read_query(request, "currency") or shop.currency) != shop.currency:
         raise ShopCurrencyMismatch(shop.currency)
     balance = await in_transaction(
-        request.app[ENGINE], lambda tx: find_balance(tx, shop.account_id), attempts_max=READ_ATTEMPTS_MAX
+        request.app[RESOURCES].engine, lambda tx: find_balance(tx, shop.account_id), attempts_max=READ_ATTEMPTS_MAX
     )
     if balance is None:
         raise InvariantViolated

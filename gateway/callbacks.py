@@ -30,8 +30,8 @@ from common.errors import (
 )
 from gateway.auth import Caller
 from gateway.errors import json_response
-from gateway.keys import AUTHENTICATOR, ENGINE, TELL_CALLBACKS
 from gateway.log import SUBJECT
+from gateway.resources import RESOURCES
 from gateway.schemas import parse_json_object, read_query
 
 ATTEMPTS_SHOWN_MAX: Final = 100
@@ -99,19 +99,19 @@ async def resend_payout_callback(request: web.Request, caller: Caller, body: byt
             raise CallbackInProgress
         return _choose(await _find_callbacks(tx, request, shop, external_id), render_id(EVENT, callback.event_id))
 
-    callback = await in_transaction(request.app[ENGINE], work)
-    request.app[TELL_CALLBACKS]([(callback.event_id, shop.id)])
+    callback = await in_transaction(request.app[RESOURCES].engine, work)
+    request.app[RESOURCES].tell_callbacks([(callback.event_id, shop.id)])
     return json_response(render_callback(callback))
 
 
 async def _resolve(request: web.Request, caller: Caller) -> tuple[Shop, str]:
     """The shop that a look-up is about, and the merchant's own id."""
-    shop = await request.app[AUTHENTICATOR].resolve_shop(request, caller, read_query(request, "shop_code"))
+    shop = await request.app[RESOURCES].authenticator.resolve_shop(request, caller, read_query(request, "shop_code"))
     return shop, request.match_info["external_id"]
 
 
 async def _list(request: web.Request, work: Callable[[Tx], Awaitable[list[ToldCallback]]]) -> web.Response:
-    callbacks = await in_transaction(request.app[ENGINE], work, attempts_max=READ_ATTEMPTS_MAX)
+    callbacks = await in_transaction(request.app[RESOURCES].engine, work, attempts_max=READ_ATTEMPTS_MAX)
     return json_response({"data": [render_callback(callback) for callback in callbacks]})
 
 

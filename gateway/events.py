@@ -19,7 +19,7 @@ from common.domain.times import render_time
 from common.errors import FieldError, InvalidRequest
 from gateway.auth import Caller
 from gateway.errors import json_response
-from gateway.keys import AUTHENTICATOR, ENGINE
+from gateway.resources import RESOURCES
 
 LIMIT_MAX: Final = 200
 LIMIT_DEFAULT: Final = 50
@@ -50,10 +50,10 @@ async def list_events(request: web.Request, caller: Caller, _body: bytes) -> web
     A page has at most `limit` events, and may have fewer, even none, where `has_more` says that it goes on.
     """
     query = parse_feed_query(request)
-    shop = await request.app[AUTHENTICATOR].resolve_shop(request, caller, query.shop_code)
+    shop = await request.app[RESOURCES].authenticator.resolve_shop(request, caller, query.shop_code)
     after = FEED_BEGIN if query.after is None else parse_cursor(query.after, shop.id)
     events = await in_transaction(
-        request.app[ENGINE],
+        request.app[RESOURCES].engine,
         lambda tx: read_feed(
             tx, shop.id, after=after, with_payins="payins:read" in caller.key.scopes, rows_max=query.limit + 1
         ),

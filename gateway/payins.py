@@ -13,8 +13,8 @@ from common.sealing import Keyring
 from common.settings import Settings
 from gateway.auth import Caller
 from gateway.errors import json_response
-from gateway.keys import AUTHENTICATOR, ENGINE, KEYRING, SETTINGS
 from gateway.log import SUBJECT
+from gateway.resources import RESOURCES
 from gateway.schemas import CreatePayin, parse_create_payin, read_query, render_payin
 from gateway.terms import digest_payment_data, judge_terms
 
@@ -24,11 +24,11 @@ async def create_payin(request: web.Request, caller: Caller, body: bytes) -> web
 
     Repeat: the same content answers 200 with the payin as it is now.
     """
-    app = request.app
-    settings = app[SETTINGS]
+    resources = request.app[RESOURCES]
+    settings = resources.settings
     create = parse_create_payin(body, private_callbacks=settings.callback_private_addresses)
-    shop = await app[AUTHENTICATOR].resolve_shop(request, caller, create.shop_code)
-    fresh = _new_payin(create, shop, settings, app[KEYRING])
+    shop = await resources.authenticator.resolve_shop(request, caller, create.shop_code)
+    fresh = _new_payin(create, shop, settings, resources.keyring)
 
     async def work(tx: Tx) -> Payin:
         objection = (await find_standing(tx, shop.id)).objection(shop.code)
@@ -40,7 +40,7 @@ async def create_payin(request: web.Request, caller: Caller, body: bytes) -> web
             raise InvalidRequest(FieldError("expires_at", "expires_at must be a time in the future"))
         return stored
 
-    payin = await in_transaction(app[ENGINE], work)
+    payin = await in_transaction(resources.engine, work)
     differing = _differing_fields(fresh, payin)
     if differing:
         raise ExternalIdReused(differing)
@@ -55,12 +55,14 @@ async def create_payin(request: web.Request, caller: Caller, body: bytes) -> web
 
 async def show_payin(request: web.Request, caller: Caller, _body: bytes) -> web.Response:
     """`GET /payins/{external_id}`: the payin as it is now, in the scope of the resolved shop."""
-    shop = await request.app[AUTHENTICATOR].resolve_shop(request, caller, read_query(request, "shop_code"))
+    shop = await request.app[RESOURCES].authenticator.resolve_shop(request, caller, read_query(request, "shop_code"))
     external_id = request.match_info["external_id"]
     payin = None
     if "\x00" not in external_id:
         payin = await in_transaction(
-            request.app[ENGINE], lambda tx: find_payin(tx, shop.id, external_id), attempts_max=READ_ATTEMPTS_MAX
+            request.app[RESOURCES].engine,
+            lambda tx: find_payin(tx, shop.id, external_id),
+            attempts_max=READ_ATTEMPTS_MAX,
         )
     if payin is None:
         raise PayinNotFound

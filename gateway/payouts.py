@@ -16,8 +16,8 @@ from common.settings import Settings
 from gateway.auth import Caller
 from gateway.deciding import Order
 from gateway.errors import json_response
-from gateway.keys import ACCEPTOR, AUTHENTICATOR, CANCELER, ENGINE, KEYRING, SETTINGS, SPAN
 from gateway.log import SUBJECT
+from gateway.resources import RESOURCES, SPAN
 from gateway.schemas import CreatePayout, parse_create_payout, read_query, render_history, render_payout
 from gateway.terms import digest_payment_data, judge_terms
 
@@ -27,12 +27,14 @@ async def create_payout(request: web.Request, caller: Caller, body: bytes) -> we
 
     Repeat: the same content answers 200 with the payout as it is now.
     """
-    app = request.app
-    settings = app[SETTINGS]
+    resources = request.app[RESOURCES]
+    settings = resources.settings
     create = parse_create_payout(body, private_callbacks=settings.callback_private_addresses)
-    shop = await app[AUTHENTICATOR].resolve_shop(request, caller, create.shop_code)
-    order = place_order(create, shop, settings, app[KEYRING], now=time.time(), traceparent=request[SPAN].traceparent)
-    accepted = await app[ACCEPTOR].accept(order)
+    shop = await resources.authenticator.resolve_shop(request, caller, create.shop_code)
+    order = place_order(
+        create, shop, settings, resources.keyring, now=time.time(), traceparent=request[SPAN].traceparent
+    )
+    accepted = await resources.acceptor.accept(order)
     request[SUBJECT].payout_id = accepted.payout.id
     return json_response(
         render_payout(accepted.payout, shop),
@@ -45,7 +47,7 @@ async def show_payout(request: web.Request, caller: Caller, _body: bytes) -> web
     """`GET /payouts/{external_id}`: the payout as it is now, in the scope of the resolved shop."""
     shop, external_id = await _resolve(request, caller)
     payout = await in_transaction(
-        request.app[ENGINE], lambda tx: find_payout(tx, shop.id, external_id), attempts_max=READ_ATTEMPTS_MAX
+        request.app[RESOURCES].engine, lambda tx: find_payout(tx, shop.id, external_id), attempts_max=READ_ATTEMPTS_MAX
     )
     if payout is None:
         raise PayoutNotFound
@@ -59,7 +61,7 @@ async def cancel_payout(request: web.Request, caller: Caller, _body: bytes) -> w
     Repeat: 200 again. Raises: `NotCancelable` from the moment on that a worker has taken it.
     """
     shop, external_id = await _resolve(request, caller)
-    payout = await request.app[CANCELER].cancel(shop.id, external_id)
+    payout = await request.app[RESOURCES].canceler.cancel(shop.id, external_id)
     request[SUBJECT].payout_id = payout.id
     return json_response(render_payout(payout, shop))
 
@@ -74,14 +76,14 @@ async def list_payout_events(request: web.Request, caller: Caller, _body: bytes)
         return payout, await find_moves(tx, payout.id, shop.id)
 
     shop, external_id = await _resolve(request, caller)
-    payout, moves = await in_transaction(request.app[ENGINE], work, attempts_max=READ_ATTEMPTS_MAX)
+    payout, moves = await in_transaction(request.app[RESOURCES].engine, work, attempts_max=READ_ATTEMPTS_MAX)
     request[SUBJECT].payout_id = payout.id
     return json_response({"data": render_history(payout, moves)})
 
 
 async def _resolve(request: web.Request, caller: Caller) -> tuple[Shop, str]:
     """The shop that a look-up is about, and the merchant's id of the payout."""
-    shop = await request.app[AUTHENTICATOR].resolve_shop(request, caller, read_query(request, "shop_code"))
+    shop = await request.app[RESOURCES].authenticator.resolve_shop(request, caller, read_query(request, "shop_code"))
     external_id = request.match_info["external_id"]
     if "\x00" in external_id:
         raise PayoutNotFound

@@ -9,8 +9,8 @@ from common.db.engine import Tx, in_transaction
 from common.db.rail_events import NewRailEvent, append_rail_events, find_rail_event
 from common.errors import EventIdReused, FieldError, InvalidRequest
 from gateway.errors import json_response
-from gateway.keys import ENGINE, RAIL_SECRETS
 from gateway.log import SUBJECT
+from gateway.resources import RESOURCES
 from gateway.schemas import parse_json_object
 
 # As the schema has them.
@@ -28,7 +28,7 @@ async def receive_event(request: web.Request, timestamp: str, signature: str, bo
     Raises: `InvalidSignature`, also for a rail that does not exist; `InvalidRequest`, `EventIdReused`.
     """
     name = request.match_info["rail"]
-    await request.app[RAIL_SECRETS].check(name, request, timestamp, signature, body)
+    await request.app[RESOURCES].rail_secrets.check(name, request, timestamp, signature, body)
     request[SUBJECT].rail = name
     event = parse_rail_event(name, body)
 
@@ -36,7 +36,7 @@ async def receive_event(request: web.Request, timestamp: str, signature: str, bo
         await append_rail_events(tx, [event])
         return await find_rail_event(tx, name, event.event_id)
 
-    stored = await in_transaction(request.app[ENGINE], store)
+    stored = await in_transaction(request.app[RESOURCES].engine, store)
     if stored is None or replace(stored, due_in_seconds=event.due_in_seconds) != event:
         raise EventIdReused
     return json_response({"id": event.event_id})

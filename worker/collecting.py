@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 from common.db.callbacks import Event
 from common.db.engine import Engine, in_transaction
 from common.db.payins import Question, claim_questions
+from common.deadlines import TimeLimit
 from common.errors import PayoutsError
 from common.log import LogEvent, get_logger, since_ms
 from common.process import end_tasks
@@ -37,6 +38,7 @@ class Collector:
         self._engine = engine
         self._rails = rails
         self._settings = settings
+        self._limit = TimeLimit(settings.rail_timeout_seconds)
         self._tell = tell
         self._leaving = False
         self._calls: set[asyncio.Task[None]] = set()
@@ -111,8 +113,7 @@ class Collector:
         """Ask the rail within its deadline; whatever goes wrong is `UNKNOWN`."""
         terms = PayinTerms(question.reference, question.amount_minor, question.currency)
         try:
-            async with asyncio.timeout(self._settings.rail_timeout_seconds):
-                answer = await rail.look_up_payin(terms)
+            answer = await self._limit.keep(rail.look_up_payin(terms))
         except TimeoutError:
             return Answer(Outcome.UNKNOWN, detail="time-out")
         except Exception as error:

@@ -21,6 +21,7 @@ from common.batching import Batcher
 from common.db.callbacks import Event
 from common.db.due import Claim, Claimed, find_rails_gone
 from common.db.engine import Engine, in_transaction
+from common.deadlines import TimeLimit
 from common.domain.ids import PAYOUT, made_at, render_id
 from common.errors import AccountBusy, PayoutsError, Transient
 from common.log import LogEvent, get_logger, since_ms
@@ -98,6 +99,7 @@ class Settler:
         self._keyring = keyring
         self._rails = rails
         self._settings = settings
+        self._limit = TimeLimit(settings.rail_timeout_seconds)
         self._calls: set[asyncio.Task[None]] = set()
         self._calls_by_shop: defaultdict[str, Counter[UUID]] = defaultdict(Counter)
         self._next_shop: defaultdict[str, UUID] = defaultdict(lambda: _FIRST_SHOP)
@@ -288,8 +290,7 @@ class Settler:
         if monotonic() > call.start_until:
             return Answer(Outcome.NOT_ACCEPTED if order else Outcome.UNKNOWN, detail="lease ran out before the call")
         try:
-            async with asyncio.timeout(self._settings.rail_timeout_seconds):
-                return await (rail.look_up(call.reference) if order is None else rail.submit(order))
+            return await self._limit.keep(rail.look_up(call.reference) if order is None else rail.submit(order))
         except TimeoutError:
             return Answer(Outcome.UNKNOWN, detail="time-out")
         except Exception as error:

@@ -27,12 +27,12 @@ class State(StrEnum):
     @property
     def status(self) -> str:
         """What code should look at; every stage is `pending`."""
-        return self.value if self.is_final else "pending"
+        return str(self) if self.is_final else "pending"
 
     @property
     def stage(self) -> str | None:
         """What people may look at while the status is pending."""
-        return None if self.is_final else self.value
+        return None if self.is_final else str(self)
 
 
 STAGES: Final = frozenset({State.QUEUED, State.SENDING, State.SUBMITTED, State.VERIFYING})

@@ -13,6 +13,8 @@ from common.domain.times import render_time
 
 TEST_EVENT_TYPE: Final = "test.ping"
 
+_COMPACT: Final = json.JSONEncoder(separators=(",", ":"))
+
 
 def event_type(state: State) -> str:
     """The type of the event that tells a payout's status."""
@@ -89,4 +91,4 @@ def render_test_event(*, event_id: UUID, shop_code: str, created_at: datetime) -
 
 def _render(type_: str, **fields: object) -> bytes:
     body = {"type": type_, **{name: value for name, value in fields.items() if value is not None}}
-    return json.dumps(body, separators=(",", ":")).encode("ascii")
+    return _COMPACT.encode(body).encode("ascii")

@@ -17,6 +17,7 @@ from common.db.ledger import append_audit
 from common.db.merchants import find_shop_by_codes
 from common.db.stories import find_callback
 from common.db.webhook_secrets import SealedWebhookSecret, find_webhook_secrets
+from common.deadlines import TimeLimit
 from common.domain.ids import EVENT, new_id, render_id
 from common.domain.telling import TEST_EVENT_TYPE, render_test_event
 from common.sealing import SealBroken
@@ -147,7 +148,7 @@ async def _send(request: Request, settings: Settings) -> Attempt:
             request.url,
             request.headers,
             request.body,
-            timeout_seconds=settings.callback_timeout_seconds,
+            limit=TimeLimit(settings.callback_timeout_seconds),
             shop_http=request.shop_http,
             shop_ports=request.shop_ports,
         )

@@ -11,6 +11,7 @@ from typing import Any, Final
 import aiohttp
 import pytest
 
+from common.deadlines import TimeLimit
 from common.domain.addresses import is_public
 from tests.names import NO_SUCH_NAME, SERVER_FAILURE, Answer, NameServer, name_server
 from tests.receivers import OK, answers, answers_once, receiver, says_nothing
@@ -40,7 +41,7 @@ async def asking(
 
 
 async def send(session: aiohttp.ClientSession, url: str) -> Attempt:
-    return await send_callback(session, url, HEADERS, BODY, timeout_seconds=10.0)
+    return await send_callback(session, url, HEADERS, BODY, limit=TimeLimit(10.0))
 
 
 def blocked() -> float:

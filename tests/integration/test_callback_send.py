@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from common.deadlines import TimeLimit
 from tests.receivers import OK, Peer, answers, answers_once, head, receiver, says_nothing
 from worker.callbacks import send as sending
 from worker.callbacks.guard import AddressBlocked, Resolver, socket_factory
@@ -73,7 +74,7 @@ async def guarded() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 async def send(session: aiohttp.ClientSession, url: str, timeout_seconds: float = 5.0) -> Attempt:
-    attempt = await send_callback(session, url, HEADERS, BODY, timeout_seconds=timeout_seconds)
+    attempt = await send_callback(session, url, HEADERS, BODY, limit=TimeLimit(timeout_seconds))
     assert attempt.error is None or re.fullmatch(r"[a-z0-9_]{1,40}", attempt.error)
     assert len(attempt.response_excerpt) <= EXCERPT_BYTES_MAX
     assert attempt.delivered == (attempt.http_status is not None and 200 <= attempt.http_status < 300)
@@ -824,7 +825,7 @@ async def test_scheme_and_port_are_those_of_the_settings_unless_the_shop_is_an_e
     demanded: dict[str, Any], excepted: dict[str, Any], error: str | None
 ) -> None:
     async with receiver(answers(OK)) as merchant, open_session(private_allowed=True, **demanded) as session:
-        attempt = await send_callback(session, merchant.url, HEADERS, BODY, timeout_seconds=5.0, **excepted)
+        attempt = await send_callback(session, merchant.url, HEADERS, BODY, limit=TimeLimit(5.0), **excepted)
     assert attempt.error == error
     assert merchant.connections == (error is None)
 

@@ -1,10 +1,14 @@
-"""Deadlines that share a timer."""
+"""Deadlines that share a timer, and work that is given up by them."""
 
 import asyncio
+from contextlib import suppress
 
-from common.deadlines import Deadlines
+import pytest
+
+from common.deadlines import Deadlines, TimeLimit
 
 _SOON = 0.01
+_LONG = 60.0
 
 
 class Heard:
@@ -59,3 +63,72 @@ async def test_it_goes_on_after_all_were_told() -> None:
     await heard.all_of(1)
     heard.deadlines.begin("b")
     assert await heard.all_of(2) == ["a", "b"]
+
+
+async def test_work_that_ends_in_time_gives_its_result_or_its_own_error() -> None:
+    limit = TimeLimit(_LONG)
+
+    async def fail() -> None:
+        raise LookupError
+
+    assert await limit.keep(asyncio.sleep(0, "done")) == "done"
+    with pytest.raises(LookupError):
+        await limit.keep(fail())
+
+
+async def test_work_that_takes_too_long_is_given_up_and_its_task_goes_on() -> None:
+    limit = TimeLimit(_SOON)
+    with pytest.raises(TimeoutError):
+        await limit.keep(asyncio.Event().wait())
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    assert await limit.keep(asyncio.sleep(0, "again")) == "again"
+
+
+async def test_each_of_many_is_given_up_by_its_own_time() -> None:
+    limit, ended = TimeLimit(_SOON), asyncio.Event()
+
+    async def last() -> str:
+        with suppress(TimeoutError):
+            await limit.keep(asyncio.Event().wait())
+        ended.set()
+        return await limit.keep(asyncio.sleep(0, "in time"))
+
+    late = [asyncio.create_task(limit.keep(asyncio.Event().wait())) for _ in range(3)]
+    found = asyncio.create_task(last())
+    assert [type(error) for error in await asyncio.gather(*late, return_exceptions=True)] == [TimeoutError] * 3
+    assert await found == "in time"
+    assert ended.is_set()
+
+
+async def test_whoever_is_canceled_by_somebody_else_is_canceled() -> None:
+    begun = asyncio.Event()
+
+    async def work() -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(TimeLimit(_LONG).keep(work()))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_whoever_is_canceled_by_both_is_canceled() -> None:
+    begun, limit = asyncio.Event(), TimeLimit(_SOON)
+
+    async def work() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            # The limit's; now somebody else comes as well.
+            task.cancel()
+            raise
+
+    task = asyncio.create_task(limit.keep(work()))
+    await begun.wait()
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -35,6 +35,7 @@ from common.db.lanes import (
     wake_lanes,
 )
 from common.db.webhook_secrets import SealedWebhookSecret, find_webhook_secrets
+from common.deadlines import TimeLimit
 from common.domain.ids import EVENT, PAYIN, PAYOUT, made_at, render_id
 from common.domain.lane import SLOW_MILLISECONDS
 from common.errors import AccountBusy, Transient
@@ -119,6 +120,7 @@ class Deliverer:
         self._keyring = keyring
         self._session = session
         self._settings = settings
+        self._limit = TimeLimit(settings.callback_timeout_seconds)
         self._messages_arrive = messages_arrive
         self._flights: dict[asyncio.Task[None], _Flight] = {}
         self._landed = asyncio.Event()
@@ -354,7 +356,7 @@ class Deliverer:
             callback.url,
             render_headers(event, secrets, time.time(), callback.body),
             callback.body,
-            timeout_seconds=self._settings.callback_timeout_seconds,
+            limit=self._limit,
             shop_http=callback.callback_http,
             shop_ports=None if callback.callback_ports is None else frozenset(callback.callback_ports),
         )

@@ -24,6 +24,7 @@ from aiohttp.http import HttpProcessingError, RawResponseMessage
 from aiohttp.streams import StreamReader
 from aiohttp.tracing import Trace
 
+from common.deadlines import TimeLimit
 from common.domain.addresses import parse_callback_url
 from common.domain.signing import sign_body, sign_webhook
 from common.log import LogEvent, get_logger
@@ -300,7 +301,7 @@ async def send_callback(
     headers: dict[str, str],
     body: bytes,
     *,
-    timeout_seconds: float,
+    limit: TimeLimit,
     shop_http: bool = False,
     shop_ports: frozenset[int] | None = None,
 ) -> Attempt:
@@ -310,7 +311,7 @@ async def send_callback(
 
     The status line is the verdict, unless what came in one piece with it is not HTTP. What can be read of the answer's body
     within a second is kept as an excerpt and changes nothing. Redirects are not followed. It all ends within
-    `timeout_seconds`. A URL that may not be called, or no longer, is `address_blocked`.
+    `limit`. A URL that may not be called, or no longer, is `address_blocked`.
 
     Repeat: the receiver sees another attempt under the same `webhook-id`. Two POSTs may happen here as well, when a server
     closes an idle connection just as we use it (RFC 9112, 9.3.1 and 9.5).
@@ -318,14 +319,13 @@ async def send_callback(
     """
     clock = asyncio.get_running_loop().time
     started = clock()
-    deadline = started + timeout_seconds
+    deadline = started + limit.seconds
     wire = _Wire()
     status, error, excerpt, retry_after_seconds = None, None, b"", 0.0
     try:
         if not cast(_Connector, session.connector).allows(url, shop_http=shop_http, shop_ports=shop_ports):
             raise AddressBlocked
-        async with asyncio.timeout_at(deadline):
-            response = await _post(session, url, headers, body, wire)
+        response = await limit.keep(_post(session, url, headers, body, wire))
         answered = clock()
     except (aiohttp.ClientError, OSError) as failure:
         answered = clock()
