@@ -9,7 +9,7 @@ from typing import Final
 from uuid import UUID
 
 from common.db.callbacks import Event, append_events
-from common.db.due import delete_due, reschedule_due
+from common.db.due import reschedule_due
 from common.db.engine import Tx
 from common.db.ledger import LockedAccount
 from common.db.payouts import LockedPayout, Move, save_moves
@@ -65,7 +65,6 @@ async def carry_out(
     await save_moves(tx, moves)
     events = list(_events(moves))
     await append_events(tx, events)
-    await delete_due(tx, [move.payout.id for move in moves if move.state.is_final])
     await reschedule_due(
         tx,
         {payout.id: c.delay_seconds for payout, c in concluded if c.delay_seconds is not None},

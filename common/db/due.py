@@ -141,8 +141,6 @@ _LOCK_DUE, _LOCK_FREE_DUE = (
     for skip in ("", "SKIP LOCKED")
 )
 
-_DELETE_DUE = text("DELETE FROM payout_due WHERE payout_id = ANY (CAST(:ids AS uuid[]))")
-
 _RESCHEDULE_DUE = text(
     """
     UPDATE payout_due d
@@ -406,12 +404,6 @@ async def lock_due(tx: Tx, payout_ids: Collection[UUID], *, skip_locked: bool = 
     """
     rows = await tx.execute(_LOCK_FREE_DUE if skip_locked else _LOCK_DUE, {"ids": list(payout_ids)})
     return {row.payout_id: row.lease_token for row in rows}
-
-
-async def delete_due(tx: Tx, payout_ids: Collection[UUID]) -> None:
-    """Nothing is left to do for these payouts."""
-    if payout_ids:
-        await tx.execute(_DELETE_DUE, {"ids": list(payout_ids)})
 
 
 async def reschedule_due(

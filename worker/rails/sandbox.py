@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from common.batching import Batcher
-from common.db.engine import Engine, Tx, in_transaction
+from common.db.engine import Engine, Tx, each_alone, in_transaction
 from common.db.rail_events import NewRailEvent, append_rail_events
 from common.db.sandbox import SandboxPayment, find_sandbox_payment, save_settled, save_submitted
 from worker.rails import Answer, Outcome, PayinTerms, PaymentOrder
@@ -88,6 +88,7 @@ class SandboxRail:
 
     def __init__(self, engine: Engine, *, settle_seconds: float) -> None:
         self._engine = engine
+        self._engine_of_one = each_alone(engine)
         self._settle_seconds = settle_seconds
         self._submits: Batcher[_Booking, SandboxPayment] = Batcher(self._book, batch_max=_BATCH_MAX)
 
@@ -156,11 +157,13 @@ class SandboxRail:
         )
 
     async def _book(self, bookings: Sequence["_Booking"]) -> list[SandboxPayment]:
+        events = [event for booking in bookings for event in booking.events]
+
         async def book(tx: Tx) -> dict[str, SandboxPayment]:
-            await append_rail_events(tx, [event for booking in bookings for event in booking.events])
+            await append_rail_events(tx, events)
             return await save_submitted(tx, [booking.payment for booking in bookings])
 
-        booked = await in_transaction(self._engine, book)
+        booked = await in_transaction(self._engine if events else self._engine_of_one, book)
         return [booked[booking.payment.reference] for booking in bookings]
 
     def _event(self, order: PaymentOrder, place: int, number: int, outcome: Outcome) -> NewRailEvent:
