@@ -18,7 +18,7 @@ from uuid_utils import uuid4
 from common import tracing
 from common.admin import Readiness, livez, readyz
 from common.db.callbacks import Event, ids_to_tell, traceparents_of
-from common.db.engine import Engine, close_engine, create_engine
+from common.db.engine import Engine, close_engine, create_engine, each_alone
 from common.domain.ids import PAYOUT, render_id
 from common.domain.times import render_time
 from common.errors import (
@@ -163,6 +163,7 @@ def _resources(
             acceptor=acceptor,
             canceler=canceler,
             engine=engine,
+            engine_of_one=each_alone(engine),
             tell_callbacks=partial(publisher.offer, Work.CALLBACK) if settings.amqp_urls else lambda _: None,
         )
         # The broker may come later, or never: accepting does not need it.

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from aiohttp import web
 
-from common.db.engine import READ_ATTEMPTS_MAX, Engine, in_transaction
+from common.db.engine import READ_ATTEMPTS_MAX, Engine, each_alone, in_transaction
 from common.db.merchants import ApiKey, Shop, ShopKey, find_active_shops, find_api_keys
 from common.db.rails import find_rail_secrets
 from common.domain.signing import V1_PREFIX, parse_timestamp, sign_body, sign_v1, signatures_equal
@@ -107,7 +107,7 @@ class Authenticator:
         requests_per_second_max: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._engine = engine
+        self._engine_of_one = each_alone(engine)
         self._keyring = keyring
         self._clock = clock
         self._keys = Cache(self._load_keys, seconds=cache_seconds)
@@ -152,7 +152,7 @@ class Authenticator:
 
     async def _load_keys(self, public_ids: Sequence[str]) -> list[LiveKey | None]:
         keys = await in_transaction(
-            self._engine, lambda tx: find_api_keys(tx, public_ids), attempts_max=READ_ATTEMPTS_MAX
+            self._engine_of_one, lambda tx: find_api_keys(tx, public_ids), attempts_max=READ_ATTEMPTS_MAX
         )
         return [self._open(keys.get(public_id)) for public_id in public_ids]
 
@@ -171,7 +171,7 @@ class Authenticator:
 
     async def _load_shops(self, wanted: Sequence[ShopKey]) -> list[Shop | None]:
         shops = await in_transaction(
-            self._engine, lambda tx: find_active_shops(tx, wanted), attempts_max=READ_ATTEMPTS_MAX
+            self._engine_of_one, lambda tx: find_active_shops(tx, wanted), attempts_max=READ_ATTEMPTS_MAX
         )
         return [shops.get(key) for key in wanted]
 
@@ -180,7 +180,7 @@ class RailSecrets:
     """The secrets of rails, remembered for at most `cache_seconds`; only ever in memory."""
 
     def __init__(self, engine: Engine, keyring: Keyring, *, cache_seconds: float) -> None:
-        self._engine = engine
+        self._engine_of_one = each_alone(engine)
         self._keyring = keyring
         self._secrets = Cache(self._load, seconds=cache_seconds)
 
@@ -197,7 +197,7 @@ class RailSecrets:
 
     async def _load(self, names: Sequence[str]) -> list[str | None]:
         found = await in_transaction(
-            self._engine, lambda tx: find_rail_secrets(tx, names), attempts_max=READ_ATTEMPTS_MAX
+            self._engine_of_one, lambda tx: find_rail_secrets(tx, names), attempts_max=READ_ATTEMPTS_MAX
         )
         return [self._open(name, *found[name]) if name in found else None for name in names]
 

@@ -19,7 +19,9 @@ async def show_balance(request: web.Request, caller: Caller, _body: bytes) -> we
     if (read_query(request, "currency") or shop.currency) != shop.currency:
         raise ShopCurrencyMismatch(shop.currency)
     balance = await in_transaction(
-        request.app[RESOURCES].engine, lambda tx: find_balance(tx, shop.account_id), attempts_max=READ_ATTEMPTS_MAX
+        request.app[RESOURCES].engine_of_one,
+        lambda tx: find_balance(tx, shop.account_id),
+        attempts_max=READ_ATTEMPTS_MAX,
     )
     if balance is None:
         raise InvariantViolated

@@ -60,7 +60,7 @@ async def show_payin(request: web.Request, caller: Caller, _body: bytes) -> web.
     payin = None
     if "\x00" not in external_id:
         payin = await in_transaction(
-            request.app[RESOURCES].engine,
+            request.app[RESOURCES].engine_of_one,
             lambda tx: find_payin(tx, shop.id, external_id),
             attempts_max=READ_ATTEMPTS_MAX,
         )

@@ -47,7 +47,9 @@ async def show_payout(request: web.Request, caller: Caller, _body: bytes) -> web
     """`GET /payouts/{external_id}`: the payout as it is now, in the scope of the resolved shop."""
     shop, external_id = await _resolve(request, caller)
     payout = await in_transaction(
-        request.app[RESOURCES].engine, lambda tx: find_payout(tx, shop.id, external_id), attempts_max=READ_ATTEMPTS_MAX
+        request.app[RESOURCES].engine_of_one,
+        lambda tx: find_payout(tx, shop.id, external_id),
+        attempts_max=READ_ATTEMPTS_MAX,
     )
     if payout is None:
         raise PayoutNotFound

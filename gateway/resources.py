@@ -20,8 +20,8 @@ from gateway.gate import Gate
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Everything that handlers use. `engine`: for all but accepting. `tell_callbacks`: hears after the commit of the events,
-    with their shops, whose callbacks are due.
+    """Everything that handlers use. `engine`: for all but accepting; `engine_of_one`: the same, for what is one statement.
+    `tell_callbacks`: hears after the commit of the events, with their shops, whose callbacks are due.
     """
 
     settings: Settings
@@ -33,6 +33,7 @@ class Resources:
     acceptor: Acceptor
     canceler: Canceler
     engine: Engine
+    engine_of_one: Engine
     tell_callbacks: Callable[[Sequence[tuple[UUID, UUID]]], None]
 
 
