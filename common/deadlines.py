@@ -1,4 +1,7 @@
-"""Deadlines of many that all may take equally long: one timer for the oldest, where one for each costs more than it guards."""
+"""Deadlines of many that all may take equally long: one timer for the oldest, where one for each costs more than it guards.
+
+`Deadlines` tells who is late; a `TimeLimit` gives their work up. Both belong to the event loop that they are first used in.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
@@ -19,7 +22,8 @@ class Deadlines(Generic[_Key]):
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, key: _Key) -> None:
-        """Its time runs from now on."""
+        """Its time runs from now on. It has not begun before, or has ended."""
+        assert key not in self._ends, "it has begun already"
         loop = asyncio.get_running_loop()
         ends_at = self._ends[key] = loop.time() + self._seconds
         if self._timer is None:
@@ -41,8 +45,16 @@ class Deadlines(Generic[_Key]):
             self._expire(key)
 
 
+class TimeIsOver(TimeoutError):
+    """What was done under a `TimeLimit` took too long, and was given up."""
+
+
 class TimeLimit:
-    """`asyncio.timeout` of so many `seconds` for everything that is done under it; a task does one thing at a time there."""
+    """`asyncio.timeout` of so many `seconds` for everything that is done under it, by whatever task.
+
+    A task that is in it must not enter it again; it may be in several. Whoever was asked to cancel before it entered, and
+    goes on for longer than the limit, is given up like any other.
+    """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -50,7 +62,7 @@ class TimeLimit:
         self._given_up: set[asyncio.Task[Any]] = set()
 
     async def keep(self, work: Awaitable[_Result]) -> _Result:
-        """Do the work in the running task. Raises: `TimeoutError` when its time is over; what `work` raises."""
+        """Do the work in the running task. Raises: `TimeIsOver`, which is a `TimeoutError`; what `work` raises."""
         task = asyncio.current_task()
         assert task is not None, "what can be given up runs in a task"
         canceled_before = task.cancelling()
@@ -61,7 +73,7 @@ class TimeLimit:
             # One of ours, and nobody else's beside it.
             if task not in self._given_up or task.cancelling() > canceled_before + 1:
                 raise
-            raise TimeoutError from None
+            raise TimeIsOver from None
         finally:
             self._deadlines.end(task)
             if task in self._given_up:

@@ -62,6 +62,7 @@ async def carry_out(
             kind = _ENTRY_KINDS.get(conclusion.state, EntryKind.RELEASE)
             entry = accounts[payout.account_id].account.append(kind, payout.amount_minor)
         moves.append(Move(payout, conclusion.state, conclusion.failure_code, provider_references.get(payout.id), entry))
+    # It also takes those that end from what is due.
     await save_moves(tx, moves)
     events = list(_events(moves))
     await append_events(tx, events)

@@ -28,7 +28,7 @@ def _pack(recipient: Recipient) -> bytes:
     try:
         return orjson.dumps(content)
     except TypeError:
-        # Numbers of merchants may be greater than it takes.
+        # It does not take all that JSON may hold: numbers of more than 64 bits, for one.
         return json.dumps(content).encode()
 
 

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from common.deadlines import TimeLimit
+from common.deadlines import TimeIsOver, TimeLimit
 from common.errors import DatabaseSlow, Overloaded
 
 
@@ -27,7 +27,7 @@ class Gate:
         self._count += 1
         try:
             return await self._limit.keep(work())
-        except TimeoutError:
+        except TimeIsOver:
             # All that a request ever waits for is the database.
             raise DatabaseSlow from None
         finally:

@@ -1,4 +1,4 @@
-"""What the application carries, and what a request does; here, so that handlers need not import the application."""
+"""What the application carries, and a request's place in its trace; here, so that handlers need not import the application."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from gateway.gate import Gate
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Everything that handlers use. `engine`: for all but accepting; `engine_of_one`: the same, for what is one statement.
-    `tell_callbacks`: hears after the commit of the events, with their shops, whose callbacks are due.
+    """Everything that answering takes. `engine`: for all but accepting and who asks; `engine_of_one`: the same connections, for
+    what is one statement. `tell_callbacks`: hears after the commit of the events, with their shops, whose callbacks are due.
     """
 
     settings: Settings
@@ -38,5 +38,4 @@ class Resources:
 
 
 RESOURCES: Final = web.AppKey("RESOURCES", Resources)
-# A request's place in its trace.
 SPAN: Final = web.RequestKey("SPAN", Span)

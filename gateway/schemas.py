@@ -104,6 +104,7 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(text: str) -> float:
+    # What is not finite could not be stored: JSON has no word for it.
     number = float(text)
     if not math.isfinite(number):
         raise ValueError("out of range")

@@ -187,9 +187,7 @@ _SAVE_MOVES = text(
       SELECT account_id, seq, shop_id, kind, contra, amount_minor, posted_delta_minor, held_delta_minor,
              posted_after_minor, held_after_minor, id FROM moved WHERE seq IS NOT NULL),
     done AS (
-      DELETE FROM payout_due d USING moved m CROSS JOIN LATERAL (
-        SELECT ctid AS place FROM payout_due WHERE payout_id = m.id LIMIT 1) waiting
-       WHERE m.seq IS NOT NULL AND d.ctid = waiting.place)
+      DELETE FROM payout_due WHERE payout_id = ANY (ARRAY (SELECT id FROM moved WHERE seq IS NOT NULL)))
     UPDATE payouts p
        SET state = m.state, version = m.version, failure_code = m.failure_code,
            provider_reference = CASE WHEN p.resolution_seq IS NULL
@@ -205,7 +203,7 @@ _SAVE_MOVES = text(
 
 
 async def save_moves(tx: Tx, moves: Sequence[Move]) -> None:
-    """Give payouts their next state, together with the entries of those that end or come back: nothing of them is due any more.
+    """Give payouts their next state. Those whose move has an entry end or come back: with it, and due no more.
 
     Locks: the caller holds the payouts, and the due rows and accounts of those that end.
     Raises: `InvariantViolated` when a payout was not held, and had gone from where it was found.

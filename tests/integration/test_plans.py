@@ -468,6 +468,16 @@ async def test_an_index_is_entered_by_its_first_column_though_the_table_was_empt
                 assert firsts[node["Index Name"]] in entered, (node["Index Name"], node["Index Cond"])
 
 
+# What the gateway reads without a transaction around it: it would be of several moments, were it several statements.
+ALONE = ("find_api_keys", "find_active_shops", "find_rail_secrets", "find_payout", "find_payin", "find_balance")
+
+
+@pytest.mark.parametrize("name", ALONE)
+async def test_what_needs_no_transaction_is_one_statement(crowd: Crowd, name: str) -> None:
+    role, work = HOT[name]
+    assert len(await _plans(crowd.url, role, work(crowd))) == 1
+
+
 @pytest.mark.parametrize("name", [name for name, (role, _) in HOT.items() if role in (GATEWAY, WORKER)])
 async def test_what_is_read_of_a_flood_does_not_grow_with_it(flood: Crowd, name: str) -> None:
     """A plan that is made once counts on a part of what there is, and would rather read all of it than look up that many."""

@@ -10,10 +10,12 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from common.db.due import FinishedAttempt, NewAttempt, append_attempts, finish_attempts
-from common.db.engine import Tx, constraint_name, sqlstate
+from common.db.engine import Tx, constraint_name, in_transaction, sqlstate
+from common.db.ledger import lock_accounts
 from common.db.payouts import Move, lock_payouts, save_moves
 from common.domain.payout import State
 from common.errors import InvariantViolated
+from common.moving import Conclusion, carry_out
 from tests.factories import execute, fetch
 from tests.faults.locks import locked
 from tests.flows import Desk, assert_sound, desk
@@ -176,6 +178,25 @@ async def test_a_move_by_somebody_who_no_longer_holds_the_payout_is_refused_alou
             with pytest.raises((InvariantViolated, DBAPIError)):
                 await moving
         assert await working.one("SELECT state, version FROM payouts") == ("sending", 2)
+
+
+async def test_what_ends_is_due_no_more_though_somebody_was_writing_to_its_due_row(database_url: str) -> None:
+    """Whoever ends a payout holds its due row; a row that was left behind would spoil every claim that meets it."""
+    async with desk(database_url) as working:
+        payout_id = await working.create(await working.merchant())
+
+        async def end(tx: Tx) -> None:
+            (payout,) = await lock_payouts(tx, [payout_id])
+            accounts = await lock_accounts(tx, [payout.account_id], wait_seconds=0)
+            await carry_out(tx, [(payout, Conclusion(State.CANCELED, None))], accounts, {})
+
+        async with locked(working.owner, "UPDATE payout_due SET due_at = now()"):
+            ending = asyncio.create_task(in_transaction(working.gateway, end))
+            await eventually(lambda: fetch(working.owner, _WAITING), "it waits for who writes")
+        await ending
+        assert await working.state(payout_id) == "canceled"
+        assert await working.count("payout_due") == 0
+        await assert_sound(working.owner)
 
 
 _DUE: Final = "UPDATE payout_due SET {} WHERE payout_id = :id"

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import pytest
 
-from common.deadlines import Deadlines, TimeLimit
+from common.deadlines import Deadlines, TimeIsOver, TimeLimit
 
 _SOON = 0.01
 _LONG = 60.0
@@ -76,6 +76,31 @@ async def test_work_that_ends_in_time_gives_its_result_or_its_own_error() -> Non
         await limit.keep(fail())
 
 
+async def test_a_time_out_of_the_work_itself_is_told_from_that_of_the_limit() -> None:
+    async def fail() -> None:
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own") as raised:
+        await TimeLimit(_LONG).keep(fail())
+    assert not isinstance(raised.value, TimeIsOver)
+
+
+async def test_of_two_limits_the_shorter_one_gives_up_whichever_is_within_the_other() -> None:
+    short, long = TimeLimit(_SOON), TimeLimit(_LONG)
+    for outer, inner in (short, long), (long, short):
+        with pytest.raises(TimeIsOver):
+            await outer.keep(inner.keep(asyncio.Event().wait()))
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
+async def test_a_limit_is_not_entered_twice_by_one_task() -> None:
+    limit = TimeLimit(_LONG)
+    with pytest.raises(AssertionError, match="begun"):
+        await limit.keep(limit.keep(asyncio.get_running_loop().create_future()))
+
+
 async def test_work_that_takes_too_long_is_given_up_and_its_task_goes_on() -> None:
     limit = TimeLimit(_SOON)
     with pytest.raises(TimeoutError):
@@ -87,19 +112,17 @@ async def test_work_that_takes_too_long_is_given_up_and_its_task_goes_on() -> No
 
 
 async def test_each_of_many_is_given_up_by_its_own_time() -> None:
-    limit, ended = TimeLimit(_SOON), asyncio.Event()
+    limit = TimeLimit(_SOON)
 
     async def last() -> str:
         with suppress(TimeoutError):
             await limit.keep(asyncio.Event().wait())
-        ended.set()
         return await limit.keep(asyncio.sleep(0, "in time"))
 
     late = [asyncio.create_task(limit.keep(asyncio.Event().wait())) for _ in range(3)]
     found = asyncio.create_task(last())
-    assert [type(error) for error in await asyncio.gather(*late, return_exceptions=True)] == [TimeoutError] * 3
+    assert [type(error) for error in await asyncio.gather(*late, return_exceptions=True)] == [TimeIsOver] * 3
     assert await found == "in time"
-    assert ended.is_set()
 
 
 async def test_whoever_is_canceled_by_somebody_else_is_canceled() -> None:

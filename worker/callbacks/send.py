@@ -311,7 +311,7 @@ async def send_callback(
 
     The status line is the verdict, unless what came in one piece with it is not HTTP. What can be read of the answer's body
     within a second is kept as an excerpt and changes nothing. Redirects are not followed. It all ends within
-    `limit`. A URL that may not be called, or no longer, is `address_blocked`.
+    `limit.seconds`. A URL that may not be called, or no longer, is `address_blocked`.
 
     Repeat: the receiver sees another attempt under the same `webhook-id`. Two POSTs may happen here as well, when a server
     closes an idle connection just as we use it (RFC 9112, 9.3.1 and 9.5).
