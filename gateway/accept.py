@@ -157,7 +157,7 @@ class Acceptor:
         while batch := self._take(line):
             shared: list[_Waiting] = []
             for waiting in batch:
-                if self._busy_lines and waiting.order.shop.id in self._busy_lines:
+                if waiting.order.shop.id in self._busy_lines:
                     self._to_busy_line(waiting)
                 else:
                     shared.append(waiting)
