@@ -16,7 +16,7 @@ from common.db.payouts import LockedPayout, Move, save_moves
 from common.domain.ids import new_id
 from common.domain.ledger import EntryKind
 from common.domain.payout import State
-from common.domain.telling import event_type, render_payout_event
+from common.domain.telling import event_type, open_payout_event
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,27 +76,29 @@ async def carry_out(
 
 def _events(moves: Iterable[Move]) -> Iterable[Event]:
     for move in moves:
-        payout = move.payout
-        if not move.state.is_final:
-            continue
-        yield Event(
-            id=new_id(),
-            shop_id=payout.shop_id,
+        if move.state.is_final:
+            yield event_of(move.payout, move.state, move.failure_code, sequence=move.version)
+
+
+def event_of(payout: LockedPayout, state: State, failure_code: str | None, *, sequence: int) -> Event:
+    """What is told of the end of a payout."""
+    return Event(
+        id=new_id(),
+        shop_id=payout.shop_id,
+        payout_id=payout.id,
+        sequence=sequence,
+        type=event_type(state),
+        opening=open_payout_event(
             payout_id=payout.id,
-            sequence=move.version,
-            type=event_type(move.state),
-            body=render_payout_event(
-                payout_id=payout.id,
-                external_id=payout.external_id,
-                shop_code=payout.shop_code,
-                state=move.state,
-                amount_minor=payout.amount_minor,
-                currency=payout.currency,
-                currency_exponent=payout.currency_exponent,
-                sequence=move.version,
-                failure_code=move.failure_code,
-                updated_at=payout.locked_at,
-            ),
-            url=payout.callback_url or payout.webhook_url,
-            traceparent=payout.traceparent,
-        )
+            external_id=payout.external_id,
+            shop_code=payout.shop_code,
+            state=state,
+            amount_minor=payout.amount_minor,
+            currency=payout.currency,
+            currency_exponent=payout.currency_exponent,
+            sequence=sequence,
+            failure_code=failure_code,
+        ),
+        url=payout.callback_url or payout.webhook_url,
+        traceparent=payout.traceparent,
+    )

@@ -28,7 +28,7 @@ from worker.collecting import Collector
 from worker.conclusions import Call, Ended
 from worker.rails import Rail, Rails
 from worker.rails.sandbox import SandboxRail
-from worker.recording import record_answers
+from worker.recording import record
 from worker.settlement import Settler
 
 DRAIN_SECONDS = 20.0
@@ -117,9 +117,7 @@ class Desk:
 
     async def record(self, *ended: Ended) -> None:
         """What a worker does with answers, as one batch."""
-        await in_transaction(
-            self.worker, lambda tx: record_answers(tx, ended, wait_seconds=LOCK_WAIT_SECONDS), attempts_max=1
-        )
+        await record(self.worker, ended, wait_seconds=LOCK_WAIT_SECONDS, attempts_max=1)
 
     async def make_due(self, *payout_ids: UUID) -> None:
         """Travel to the time when these payouts, or all, are due, leases included."""

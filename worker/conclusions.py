@@ -66,13 +66,12 @@ def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | 
         return None
     if payout.state is State.QUEUED:
         return _conclude_queued(outcome, ended.call.patience)
-    if outcome is Outcome.PAID:
-        return Conclusion(State.SUCCESS, None)
+    last = final_word(ended.answer)
+    if last is not None and (held or outcome is Outcome.PAID):
+        return last
     if not held:
         get_logger().warning(LogEvent.PAYOUT_LEASE_LOST, payout_id=render_id(PAYOUT, payout.id), outcome=outcome)
         return None
-    if outcome is Outcome.DECLINED:
-        return Conclusion(State.FAILED, None, ended.answer.failure_code or "provider_declined")
     if ended.call.action == SUBMIT:
         return _conclude_submit(outcome, ended.call)
     if (
@@ -83,6 +82,15 @@ def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | 
         # A request of ours may still be on its way to the rail.
         outcome = Outcome.UNKNOWN
     return _conclude_look_up(payout, outcome, ended.call)
+
+
+def final_word(answer: Answer) -> Conclusion | None:
+    """How a payout ends that its rail has; None: it does not say."""
+    if answer.outcome is Outcome.PAID:
+        return Conclusion(State.SUCCESS, None)
+    if answer.outcome is Outcome.DECLINED:
+        return Conclusion(State.FAILED, None, answer.failure_code or "provider_declined")
+    return None
 
 
 def _conclude_queued(outcome: Outcome, patience: Patience) -> Conclusion | None:

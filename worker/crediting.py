@@ -34,7 +34,7 @@ from common.db.rail_events import (
 from common.domain.ids import new_id
 from common.domain.ledger import EntryKind
 from common.domain.payin import FAILURES, PayinState
-from common.domain.telling import payin_event_type, render_payin_event
+from common.domain.telling import open_payin_event, payin_event_type
 from worker.rails import Answer, Outcome
 
 # As the schema has it.
@@ -260,7 +260,7 @@ def _event(payin: LockedPayin, state: PayinState, version: int, failure_code: st
         payin_id=payin.id,
         sequence=version,
         type=payin_event_type(state),
-        body=render_payin_event(
+        opening=open_payin_event(
             payin_id=payin.id,
             external_id=payin.external_id,
             shop_code=payin.shop_code,
@@ -270,7 +270,6 @@ def _event(payin: LockedPayin, state: PayinState, version: int, failure_code: st
             currency_exponent=payin.currency_exponent,
             sequence=version,
             failure_code=failure_code,
-            updated_at=payin.locked_at,
         ),
         url=payin.callback_url or payin.webhook_url,
     )

@@ -1,23 +1,27 @@
 """The record: what rails answered, and what follows: attempt, state, money, event, callback, what is due; in one transaction.
 
-What an answer means is decided by `worker.conclusions`.
+What an answer means is decided by `worker.conclusions`. Where it is the last word about a payout that nothing has happened to
+since it was claimed, it is decided before anything is locked, and one statement does it all.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from uuid import UUID
 
 from common.db.callbacks import Event
 from common.db.due import Claim, FinishedAttempt, claim_due, find_contradicted, finish_attempts, lock_due
-from common.db.engine import Tx
+from common.db.ending import Ending, end_unopposed
+from common.db.engine import ATTEMPTS_MAX, Engine, Tx, each_alone, in_transaction
 from common.db.ledger import lock_accounts
 from common.db.payouts import LockedPayout, lock_payouts
 from common.db.rail_events import NewDiscrepancy, open_discrepancies
 from common.db.rails import has_rail
 from common.domain.ids import new_id
 from common.domain.payout import State
-from common.moving import Conclusion, carry_out
-from worker.conclusions import Ended, conclude, contradicts, names_another_sum, sane
+from common.moving import Conclusion, carry_out, event_of
+from worker.conclusions import SUBMIT, Ended, conclude, contradicts, final_word, names_another_sum, sane
 from worker.rails import Outcome
 
 
@@ -30,6 +34,54 @@ class Recorded:
     events: list[Event]
     busy: set[UUID]
     discrepancies: list[NewDiscrepancy]
+
+
+async def record(
+    engine: Engine, ended: Sequence[Ended], *, wait_seconds: float, attempts_max: int = ATTEMPTS_MAX
+) -> Recorded:
+    """Write down what the rails said, and what follows; at once what nothing speaks against, then the rest.
+
+    Locks, repeat: as `record_answers`. Raises: as `in_transaction`; then all, or what was not ended at once, is not recorded.
+    """
+    endings = find_endings(ended)
+    at_once: set[UUID] = set()
+    if endings:
+        end = partial(end_unopposed, endings=endings, wait_seconds=wait_seconds)
+        at_once = await in_transaction(each_alone(engine), end, attempts_max=attempts_max)
+    recorded = Recorded([ending.event for ending in endings if ending.payout.id in at_once], set(), [])
+    if rest := [item for item in ended if item.call.payout.id not in at_once]:
+        careful = await in_transaction(
+            engine, partial(record_answers, ended=rest, wait_seconds=wait_seconds), attempts_max=attempts_max
+        )
+        recorded = Recorded([*recorded.events, *careful.events], careful.busy, careful.discrepancies)
+    return recorded
+
+
+def find_endings(ended: Sequence[Ended]) -> list[Ending]:
+    """The ends of payouts that were sent and of which one answer has come, a definite one."""
+    answers = Counter(item.call.payout.id for item in ended)
+    endings = []
+    for item in ended:
+        call, payout = item.call, item.call.payout
+        if call.action != SUBMIT or answers[payout.id] > 1:
+            continue
+        answer = sane(item.answer, call)
+        end = final_word(answer)
+        if end is None or end.state is None:
+            continue
+        endings.append(
+            Ending(
+                payout=payout,
+                token=call.token,
+                attempt=_finished(Ended(call, answer)),
+                state=end.state,
+                failure_code=end.failure_code,
+                provider_reference=answer.provider_reference,
+                # The claim has moved it once.
+                event=event_of(payout, end.state, end.failure_code, sequence=payout.version + 2),
+            )
+        )
+    return endings
 
 
 async def record_answers(tx: Tx, ended: Sequence[Ended], *, wait_seconds: float) -> Recorded:

@@ -35,7 +35,7 @@ from worker.claiming import claim_calls
 from worker.conclusions import SUBMIT, Call, Ended
 from worker.hearing import hear, note_discrepancies
 from worker.rails import Answer, Outcome, PaymentOrder, Rail, Rails
-from worker.recording import fail_without_route, record_answers
+from worker.recording import fail_without_route, record
 from worker.scanning import OVERDUE_SECONDS
 
 Tell = Callable[[Sequence[Event]], None]
@@ -328,11 +328,7 @@ class Settler:
 
     async def _record(self, ended: Sequence[Ended], wait_seconds: float) -> list[bool]:
         """Record what can be recorded; with `wait_seconds` 0, False where the account is somebody else's at the moment."""
-        recorded = await in_transaction(
-            self._engine,
-            lambda tx: record_answers(tx, ended, wait_seconds=wait_seconds),
-            attempts_max=_RECORD_ATTEMPTS_MAX,
-        )
+        recorded = await record(self._engine, ended, wait_seconds=wait_seconds, attempts_max=_RECORD_ATTEMPTS_MAX)
         note_discrepancies(recorded.discrepancies)
         _note_settled(recorded.events)
         self._tell(recorded.events)

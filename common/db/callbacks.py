@@ -17,14 +17,17 @@ CallbackKey: TypeAlias = tuple[UUID, UUID]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A change of status of a payout or a payin, as the bytes that will be told. `url` None: nobody asked to be called."""
+    """A change of status of a payout or a payin, and the bytes that will be told of it, up to the time when it is stored.
+
+    `url` None: nobody asked to be called.
+    """
 
     id: UUID
     shop_id: UUID
     payout_id: UUID | None
     sequence: int
     type: str
-    body: bytes
+    opening: bytes
     url: str | None
     payin_id: UUID | None = None
     traceparent: str | None = None
@@ -61,9 +64,9 @@ _APPEND_EVENTS = text(
     f"""
     WITH fresh AS (
       SELECT * FROM unnest(CAST(:id AS uuid[]), CAST(:shop_id AS uuid[]), CAST(:payout_id AS uuid[]),
-                           CAST(:sequence AS int[]), CAST(:type AS text[]), CAST(:body AS bytea[]), CAST(:url AS text[]),
+                           CAST(:sequence AS int[]), CAST(:type AS text[]), CAST(:opening AS bytea[]), CAST(:url AS text[]),
                            CAST(:payin_id AS uuid[]), CAST(:traceparent AS text[]), CAST(:origin AS text[]))
-        AS e (id, shop_id, payout_id, sequence, type, body, url, payin_id, traceparent, origin)),
+        AS e (id, shop_id, payout_id, sequence, type, opening, url, payin_id, traceparent, origin)),
     {_LANES_MADE},
     told AS (
       INSERT INTO callbacks (event_id, shop_id, payout_id, payin_id, url, traceparent)
@@ -72,7 +75,7 @@ _APPEND_EVENTS = text(
       INSERT INTO callback_due (event_id, shop_id, lane_id)
       SELECT id, shop_id, callback_lane_id(shop_id, origin) FROM fresh WHERE url IS NOT NULL)
     INSERT INTO events (id, shop_id, payout_id, payin_id, sequence, type, body)
-    SELECT id, shop_id, payout_id, payin_id, sequence, type, body FROM fresh
+    SELECT id, shop_id, payout_id, payin_id, sequence, type, close_event(opening) FROM fresh
     """
 )
 

@@ -212,14 +212,12 @@ class LockedPayin:
     webhook_url: str | None
     words: int
     has_unheard: bool
-    locked_at: datetime
 
 
 _LOCK = text(
     """
     SELECT p.id, p.shop_id, p.account_id, p.external_id, p.amount_minor, p.currency, p.rail, p.reference, p.callback_url,
-           p.state, p.version, p.provider_reference, s.code AS shop_code, s.currency_exponent, s.webhook_url,
-           now() AS locked_at
+           p.state, p.version, p.provider_reference, s.code AS shop_code, s.currency_exponent, s.webhook_url
       FROM unnest(CAST(:references AS text[])) AS w (reference)
       JOIN payins p ON p.reference = w.reference JOIN shops s ON s.id = p.shop_id
      ORDER BY p.id FOR NO KEY UPDATE OF p

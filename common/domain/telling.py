@@ -1,4 +1,8 @@
-"""What a merchant is told: the bytes of an event, built once and sent with every attempt."""
+"""What a merchant is told: the bytes of an event, built once and sent with every attempt.
+
+An event of a payout or a payin is rendered up to its time, which is that of the transaction that stores it: the database adds
+it (`close_event`).
+"""
 
 import json
 from datetime import datetime
@@ -26,7 +30,7 @@ def payin_event_type(state: PayinState) -> str:
     return f"payin.{state}"
 
 
-def render_payout_event(
+def open_payout_event(
     *,
     payout_id: UUID,
     external_id: str,
@@ -37,10 +41,9 @@ def render_payout_event(
     currency_exponent: int,
     sequence: int,
     failure_code: str | None,
-    updated_at: datetime,
 ) -> bytes:
-    """Compact ASCII JSON. `sequence` rises with every change of the payout; receivers keep the highest."""
-    return _render(
+    """Compact ASCII JSON, up to its time. `sequence` rises with every change of the payout; receivers keep the highest."""
+    return _open(
         event_type(state),
         id=render_id(PAYOUT, payout_id),
         external_id=external_id,
@@ -50,11 +53,10 @@ def render_payout_event(
         currency=currency,
         sequence=sequence,
         failure=None if failure_code is None else render_failure(failure_code),
-        updated_at=render_time(updated_at),
     )
 
 
-def render_payin_event(
+def open_payin_event(
     *,
     payin_id: UUID,
     external_id: str,
@@ -65,10 +67,9 @@ def render_payin_event(
     currency_exponent: int,
     sequence: int,
     failure_code: str | None,
-    updated_at: datetime,
 ) -> bytes:
     """The same for a payin."""
-    return _render(
+    return _open(
         payin_event_type(state),
         id=render_id(PAYIN, payin_id),
         external_id=external_id,
@@ -78,7 +79,6 @@ def render_payin_event(
         currency=currency,
         sequence=sequence,
         failure=None if failure_code is None else render_payin_failure(failure_code),
-        updated_at=render_time(updated_at),
     )
 
 
@@ -87,6 +87,10 @@ def render_test_event(*, event_id: UUID, shop_code: str, created_at: datetime) -
     return _render(
         TEST_EVENT_TYPE, id=render_id(EVENT, event_id), shop_code=shop_code, created_at=render_time(created_at)
     )
+
+
+def _open(type_: str, **fields: object) -> bytes:
+    return _render(type_, **fields)[:-1] + b',"updated_at":"'
 
 
 def _render(type_: str, **fields: object) -> bytes:

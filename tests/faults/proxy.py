@@ -20,12 +20,12 @@ from tests.stack import eventually
 
 _PROTOCOL_3: Final = 3
 # Our SQL has its words in capitals and its names in small letters, so that FOR UPDATE is none of these.
-_WRITES: Final = re.compile(rb"\b(INSERT INTO|UPDATE|DELETE FROM) [a-z]|\baccept_unopposed\(")
+_WRITES: Final = re.compile(rb"\b(INSERT INTO|UPDATE|DELETE FROM) [a-z]|\b(accept|end)_unopposed\(")
 
 # Words by which `Proxy.fail_commits` knows a transaction: a look that finds nothing to claim has written none of these.
 CLAIM: Final = "INSERT INTO payout_attempts"
 BOOKING: Final = "INSERT INTO sandbox.payments"
-RECORD: Final = "INSERT INTO events"
+RECORD: Final = "end_unopposed("
 CLAIM_OF_CALLBACK: Final = "UPDATE callback_due"
 RECORD_OF_CALLBACK: Final = "INSERT INTO callback_attempts"
 # Asked for each rail in turn, the first one by name first, whether there is anything to claim or not.

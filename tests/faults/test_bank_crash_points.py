@@ -182,15 +182,13 @@ async def test_a_worker_killed_in_the_call_leaves_the_word_to_the_bank(
 async def test_a_worker_killed_between_call_and_record_costs_a_look_up(
     database_url: str, superuser: Superuser, tmp_path: Path
 ) -> None:
-    async with affair(database_url, superuser, tmp_path, **LONG) as on:
+    async with affair(database_url, superuser, tmp_path, **LONG) as on, proxy(database_url) as network:
         payout_id = await on.payout()
-        on.bank.script.submits.append(Behaviour(Manner.SLOW))
-        worker = await on.running.start("worker", "settle")
+        network.fail_commits(CommitFault.HOLD_COMMIT, of=RECORD)
+        worker = await on.running.start("worker", "settle", DATABASE_URL=network.url)
+        await until_failed(network)
         await on.until_booked()
-        due_row = "SELECT FROM payout_due WHERE payout_id = $1 FOR UPDATE"
-        async with locked(on.desk.owner, due_row, payout_id):
-            await until_waiting(on.superuser, "settle", "payout_due")
-            await worker.kill()
+        await worker.kill()
         await on.expire_leases()
         await on.running.start("worker", "settle")
         await on.until_settled()

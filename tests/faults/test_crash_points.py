@@ -263,21 +263,35 @@ async def test_a_worker_killed_in_the_call_leaves_the_word_to_the_rail(
 async def test_a_worker_killed_before_it_recorded_the_answer_costs_a_look_up_and_pays_once(
     owner: Engine, config: Settings, superuser: Superuser
 ) -> None:
+    async with scene(owner, config, superuser, **LONG) as on, proxy(config.database_url) as network:
+        network.fail_commits(CommitFault.HOLD_COMMIT, of=RECORD)
+        worker = await start_behind(on, network, "settle")
+        await until_failed(network)
+        assert (await on.row()).rail_state == "paid"
+        await worker.kill()
+        await on.running.start("worker", "settle")
+        await on.expire_leases()
+        await on.until("success")
+        row = await on.row()
+        assert (row.attempts, row.submits) == (["submit unknown", "look_up paid"], 1)
+        await on.assert_settled_once()
+
+
+async def test_the_last_word_of_a_worker_that_was_killed_counts_under_its_lease(
+    owner: Engine, config: Settings, superuser: Superuser
+) -> None:
+    """The server carries out what it was told, whoever is there to hear of it."""
     async with scene(owner, config, superuser, **LONG) as on:
         async with AsyncExitStack() as held:
             async with on.rail_closed():
                 worker = await on.running.start("worker", "settle")
                 await on.until_waiting("settle", "sandbox.payments")
                 await held.enter_async_context(on.due_row_held())
-            await on.until_waiting("settle", "payout_due")
-            assert (await on.row()).rail_state == "paid"
+            await on.until_waiting("settle", "end_unopposed")
             await worker.kill()
-        await on.until_disconnected("settle")
-        await on.running.start("worker", "settle")
-        await on.expire_leases()
         await on.until("success")
         row = await on.row()
-        assert (row.attempts, row.submits) == (["submit unknown", "look_up paid"], 1)
+        assert (row.attempts, row.submits) == (["submit paid"], 1)
         await on.assert_settled_once()
 
 
@@ -321,25 +335,20 @@ async def test_a_worker_paused_until_its_lease_ran_out_records_nothing_over_the_
 async def test_a_worker_paused_with_an_answer_in_hand_ends_the_payout_once(
     owner: Engine, config: Settings, superuser: Superuser
 ) -> None:
-    async with scene(owner, config, superuser, **SHORT) as on:
-        async with AsyncExitStack() as held:
-            async with on.rail_closed():
-                worker = await on.running.start("worker", "settle", **LONG)
-                await on.until_waiting("settle", "sandbox.payments")
-                await held.enter_async_context(on.due_row_held())
-            await on.until_waiting("settle", "payout_due")
-            worker.send(signal.SIGSTOP)
-        # Its session has the lock now, and nobody to tell; the server ends such in time, and here at once.
-        await superuser.execute(
-            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND application_name = 'payouts-settle' AND state <> 'idle'"
-        )
+    async with scene(owner, config, superuser, **SHORT) as on, proxy(config.database_url) as network:
+        network.fail_commits(CommitFault.HOLD_COMMIT, of=RECORD)
+        worker = await start_behind(on, network, "settle", **LONG)
+        await until_failed(network)
+        worker.send(signal.SIGSTOP)
         await on.expire_leases()
         await on.running.start("worker", "settle")
         await on.until("success")
+        # What it has to say comes when another has the last word.
+        network.release()
         worker.send(signal.SIGCONT)
         assert await worker.stop() == 0
-        assert (await on.row()).submits == 1
+        row = await on.row()
+        assert (row.attempts, row.submits) == (["submit paid", "look_up paid"], 1)
         await on.assert_settled_once()
 
 
