@@ -357,7 +357,7 @@ class Settings:
         "networks that no callback may reach although their addresses are public, such as our own",
     )
 
-    settle_batch_max: int = _setting("PAYOUTS_SETTLE_BATCH_MAX", _integer(1, 128), "128", "payouts per claim")
+    settle_batch_max: int = _setting("PAYOUTS_SETTLE_BATCH_MAX", _integer(1, 512), "256", "payouts per claim")
     settle_lease_seconds: float = _setting(
         "PAYOUTS_SETTLE_LEASE_SECONDS", _decimal(1, 3600), "60", "a worker that is silent for longer lost its payouts"
     )

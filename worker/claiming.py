@@ -58,7 +58,9 @@ async def claim_calls(
     if not shop_ids:
         return claimed, []
     payouts = await lock_payouts(tx, shop_ids, to_send=True)
-    histories = await find_histories(tx, shop_ids)
+    # One that has never moved was never tried.
+    tried = [payout.id for payout in payouts if payout.version > 1]
+    histories = await find_histories(tx, tried) if tried else {}
     open_numbers = [(p, histories[p.id].open_no) for p in payouts if p.id in histories]
     await finish_attempts(
         tx,

@@ -43,7 +43,7 @@ Tell = Callable[[Sequence[Event]], None]
 # Shops one claim visits; the next claim goes on behind them.
 _SHOPS_MAX: Final = 64
 _FIRST_SHOP: Final = UUID(int=0)
-_RECORD_BATCH_MAX: Final = 128
+_RECORD_BATCH_MAX: Final = 256
 _RECORD_ATTEMPTS_MAX: Final = 5
 _RECORD_PAUSE_SECONDS: Final = 0.2
 # How long answers of several shops wait for an account: longer than our transactions hold one, as a rule.

@@ -17,7 +17,7 @@ from worker.rails import Answer, Outcome, PayinTerms, PaymentOrder
 
 NAME: Final = "sandbox"
 
-_BATCH_MAX: Final = 128
+_BATCH_MAX: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
