@@ -1,11 +1,11 @@
-"""The record: what rails answered, and what follows: attempt, state, money, event, callback, what is due; in one transaction.
+"""The record: what rails answered, and what follows: attempt, state, money, event, callback, what is due; all or nothing of it.
 
 What an answer means is decided by `worker.conclusions`. Where it is the last word about a payout that nothing has happened to
-since it was claimed, it is decided before anything is locked, and one statement does it all.
+since it was claimed, it is decided before anything is locked, and one statement does it all. The rest is decided under locks.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from uuid import UUID
@@ -37,24 +37,31 @@ class Recorded:
 
 
 async def record(
-    engine: Engine, ended: Sequence[Ended], *, wait_seconds: float, attempts_max: int = ATTEMPTS_MAX
-) -> Recorded:
+    engine: Engine,
+    ended: Sequence[Ended],
+    *,
+    wait_seconds: float,
+    attempts_max: int = ATTEMPTS_MAX,
+    note: Callable[[Recorded], None] = lambda _: None,
+) -> set[UUID]:
     """Write down what the rails said, and what follows; at once what nothing speaks against, then the rest.
 
-    Locks, repeat: as `record_answers`. Raises: as `in_transaction`; then all, or what was not ended at once, is not recorded.
+    `note` hears of both as soon as they are committed. Returns: the payouts that were left because their account is busy.
+    Locks, repeat: as `record_answers`. Raises: as `in_transaction`; what was noted before is recorded.
     """
     endings = find_endings(ended)
     at_once: set[UUID] = set()
     if endings:
         end = partial(end_unopposed, endings=endings, wait_seconds=wait_seconds)
         at_once = await in_transaction(each_alone(engine), end, attempts_max=attempts_max)
-    recorded = Recorded([ending.event for ending in endings if ending.payout.id in at_once], set(), [])
-    if rest := [item for item in ended if item.call.payout.id not in at_once]:
-        careful = await in_transaction(
-            engine, partial(record_answers, ended=rest, wait_seconds=wait_seconds), attempts_max=attempts_max
-        )
-        recorded = Recorded([*recorded.events, *careful.events], careful.busy, careful.discrepancies)
-    return recorded
+        note(Recorded([ending.event for ending in endings if ending.payout.id in at_once], set(), []))
+    rest = [item for item in ended if item.call.payout.id not in at_once]
+    if not rest:
+        return set()
+    decide = partial(record_answers, ended=rest, wait_seconds=wait_seconds)
+    recorded = await in_transaction(engine, decide, attempts_max=attempts_max)
+    note(recorded)
+    return recorded.busy
 
 
 def find_endings(ended: Sequence[Ended]) -> list[Ending]:

@@ -1,4 +1,4 @@
-"""Settlement: claim what is due, call the rail, record what it said. Two transactions, and the call in neither.
+"""Settlement: claim what is due, call the rail, record what it said. Transactions of their own, and the call in none of them.
 
 The transactions are in `worker.claiming` and `worker.recording`. A payout whose lease ran out while it was being sent goes to
 `verifying`, never back to `queued`: only the rail can tell what became of it.
@@ -9,7 +9,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import cache, partial
-from time import monotonic
+from time import monotonic, time
 from typing import Final
 from uuid import UUID, uuid4
 from weakref import WeakValueDictionary
@@ -35,7 +35,7 @@ from worker.claiming import claim_calls
 from worker.conclusions import SUBMIT, Call, Ended
 from worker.hearing import hear, note_discrepancies
 from worker.rails import Answer, Outcome, PaymentOrder, Rail, Rails
-from worker.recording import fail_without_route, record
+from worker.recording import Recorded, fail_without_route, record
 from worker.scanning import OVERDUE_SECONDS
 
 Tell = Callable[[Sequence[Event]], None]
@@ -328,11 +328,15 @@ class Settler:
 
     async def _record(self, ended: Sequence[Ended], wait_seconds: float) -> list[bool]:
         """Record what can be recorded; with `wait_seconds` 0, False where the account is somebody else's at the moment."""
-        recorded = await record(self._engine, ended, wait_seconds=wait_seconds, attempts_max=_RECORD_ATTEMPTS_MAX)
+        busy = await record(
+            self._engine, ended, wait_seconds=wait_seconds, attempts_max=_RECORD_ATTEMPTS_MAX, note=self._note
+        )
+        return [item.call.payout.id not in busy for item in ended]
+
+    def _note(self, recorded: Recorded) -> None:
         note_discrepancies(recorded.discrepancies)
         _note_settled(recorded.events)
         self._tell(recorded.events)
-        return [item.call.payout.id not in recorded.busy for item in ended]
 
     async def _record_busy(self, ended: Sequence[Ended]) -> list[bool]:
         async with self._busy_slots:
@@ -370,11 +374,12 @@ def _log_attempt(call: Call, answer: Answer, failure: str | None, started: float
 
 
 def _note_settled(events: Iterable[Event]) -> None:
-    """How long it took; both ids tell when they were made."""
+    """How long it took, until now: the id of a payout tells when it was made."""
+    now = time()
     for event in events:
         if event.payout_id is not None:
             outcome = event.type.rpartition(".")[2]
-            _settled_timer(outcome).observe(max(0.0, made_at(event.id) - made_at(event.payout_id)))
+            _settled_timer(outcome).observe(max(0.0, now - made_at(event.payout_id)))
 
 
 @cache

@@ -29,11 +29,11 @@ STATEMENTS = [
     """,
     "REVOKE ALL ON FUNCTION close_event(bytea) FROM PUBLIC",
     "GRANT EXECUTE ON FUNCTION close_event(bytea) TO payouts_gateway, payouts_worker",
-    # A payout is ended if it is under its lease still, as it was sent, and whoever is to be told is where he was; and if nobody
-    # else holds its account, as `lock_accounts` tells. The others are left as they are.
+    # A payout is ended if it is under its lease still, as it was sent, and whoever is to be told is where he was. Others are
+    # left as they are; where `wait_ms` is 0, also those whose account somebody else holds.
     # Due rows, payouts, accounts: each statement's snapshot is newer than the locks of the one before.
-    # LATERAL with LIMIT: one index probe per id, also on a table that nobody has analysed; IS NOT DISTINCT keeps it off the index
-    # that begins with the shop.
+    # LATERAL with LIMIT: one index probe per id, also on a table that nobody has analysed. IS NOT DISTINCT of shops keeps it
+    # off the index that begins with them; and shops from being gone through first, payouts being locked in their order then.
     f"""
     CREATE FUNCTION end_unopposed(wait_ms integer, {COLUMNS}) RETURNS SETOF uuid LANGUAGE plpgsql AS $$
     #variable_conflict use_column
@@ -55,7 +55,8 @@ STATEMENTS = [
            SELECT shop_id, account_id, version, state, callback_url FROM payouts
             WHERE id = w.id LIMIT 1 FOR NO KEY UPDATE) p
           JOIN shops s ON s.id = p.shop_id
-         WHERE (p.shop_id, p.account_id, p.version, p.state) = (w.shop_id, w.account_id, w.sequence - 1, 'sending')
+         WHERE (p.account_id, p.version, p.state) = (w.account_id, w.sequence - 1, 'sending')
+           AND p.shop_id IS NOT DISTINCT FROM w.shop_id
            AND w.url IS NOT DISTINCT FROM coalesce(p.callback_url, s.webhook_url)) sent;
       RETURN QUERY
         WITH locked AS MATERIALIZED (
@@ -69,9 +70,9 @@ STATEMENTS = [
                    AS bigint) AS posted_after_minor,
                  CAST(l.held_minor - sum(w.amount_minor) OVER earlier AS bigint) AS held_after_minor
             FROM unnest(
-              ids, shop_ids, payout_account_ids, amounts_minor, tokens, attempt_nos, outcomes, details, states, failure_codes,
+              ids, shop_ids, payout_account_ids, amounts_minor, attempt_nos, outcomes, details, states, failure_codes,
               provider_references, event_ids, sequences, event_types, openings, urls, origins, traceparents)
-              WITH ORDINALITY AS w (id, shop_id, account_id, amount_minor, token, attempt_no, outcome, detail, state,
+              WITH ORDINALITY AS w (id, shop_id, account_id, amount_minor, attempt_no, outcome, detail, state,
                                     failure_code, provider_reference, event_id, sequence, event_type, opening, url, origin,
                                     traceparent, place)
             JOIN unnest(places) AS sent (place) ON sent.place = w.place

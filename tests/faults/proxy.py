@@ -26,6 +26,7 @@ _WRITES: Final = re.compile(rb"\b(INSERT INTO|UPDATE|DELETE FROM) [a-z]|\b(accep
 CLAIM: Final = "INSERT INTO payout_attempts"
 BOOKING: Final = "INSERT INTO sandbox.payments"
 RECORD: Final = "end_unopposed("
+CAREFUL_RECORD: Final = "INSERT INTO events"
 CLAIM_OF_CALLBACK: Final = "UPDATE callback_due"
 RECORD_OF_CALLBACK: Final = "INSERT INTO callback_attempts"
 # Asked for each rail in turn, the first one by name first, whether there is anything to claim or not.

@@ -25,6 +25,7 @@ from tests.faults.merchants import assert_invariants
 from tests.faults.patience import LONG, SHORT, UNHURRIED_STATEMENTS
 from tests.faults.proxy import (
     BOOKING,
+    CAREFUL_RECORD,
     CLAIM,
     CLAIM_OF_CALLBACK,
     RECORD,
@@ -308,6 +309,22 @@ async def test_a_settlement_whose_connection_breaks_at_commit_pays_once(
             # What it claimed it does not know of: the lease has to pass.
             await on.expire_leases()
         await on.until("success")
+        await on.assert_settled_once()
+
+
+@pytest.mark.parametrize("fault", [CommitFault.LOSE_ANSWER, CommitFault.LOSE_COMMIT])
+async def test_a_look_up_whose_connection_breaks_as_it_is_recorded_ends_the_payout_once(
+    owner: Engine, config: Settings, superuser: Superuser, fault: CommitFault
+) -> None:
+    async with (
+        scene(owner, config, superuser, recipient=PAID_IN_SILENCE, **SHORT) as on,
+        proxy(config.database_url) as network,
+    ):
+        network.fail_commits(fault, of=CAREFUL_RECORD)
+        await start_behind(on, network, "settle")
+        await on.until("success")
+        assert network.faults_done == 1
+        assert (await on.row()).attempts == ["submit unknown", "look_up paid"]
         await on.assert_settled_once()
 
 

@@ -17,7 +17,7 @@ from tests.bank import RunningBank, add_rail, bank
 from tests.factories import Merchant, execute
 from tests.faults.locks import Superuser, locked, until_waiting
 from tests.faults.patience import LONG, UNHURRIED_LOCKS
-from tests.faults.proxy import CLAIM_OF_PAYIN, RECORD, CommitFault, proxy, until_failed
+from tests.faults.proxy import CAREFUL_RECORD, CLAIM_OF_PAYIN, CommitFault, proxy, until_failed
 from tests.flows import Desk, assert_sound, desk
 from tests.stack import Stack, eventually, stack
 
@@ -155,7 +155,7 @@ async def test_a_worker_killed_in_the_middle_of_a_credit_has_credited_nothing_an
     await counter.assert_credited_once()
 
 
-@pytest.mark.parametrize("point", [CLAIM_OF_PAYIN, RECORD])
+@pytest.mark.parametrize("point", [CLAIM_OF_PAYIN, CAREFUL_RECORD])
 async def test_a_worker_killed_after_a_commit_and_before_it_knows_credits_once(
     counter: Counter, database_url: str, point: str
 ) -> None:

@@ -1,5 +1,6 @@
 """The end of payouts whose rail has the last word: at once where nothing speaks against it, and no otherwise than carefully."""
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -12,11 +13,12 @@ from common.db.engine import each_alone, in_transaction
 from common.domain.times import render_time
 from common.errors import AccountBusy
 from tests.factories import Merchant, execute, fetch
+from tests.faults.locks import Superuser, locked, until_waiting
 from tests.faults.merchants import account_locked
 from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, desk
-from worker.conclusions import Ended
+from worker.conclusions import LOOK_UP, Ended
 from worker.rails import Answer, Outcome
-from worker.recording import find_endings, record_answers
+from worker.recording import Recorded, find_endings, record, record_answers
 
 URL = "http://127.0.0.1:9/told"
 PAID = Answer(Outcome.PAID, provider_reference="R-1")
@@ -115,27 +117,38 @@ async def _callback_goes_elsewhere(working: Desk, merchant: Merchant) -> None:
     )
 
 
-OBSTACLES: dict[str, tuple[Callable[[Desk, Merchant], Awaitable[None]], str]] = {
-    "lease passed": (_lease_passes, "success"),
-    "another took over": (_another_takes_over, "success"),
-    "callback goes elsewhere": (_callback_goes_elsewhere, "success"),
+async def _it_is_in_doubt(working: Desk, _merchant: Merchant) -> None:
+    await execute(working.owner, "UPDATE payouts SET state = 'verifying', version = version + 1")
+
+
+async def _it_was_in_doubt(working: Desk, merchant: Merchant) -> None:
+    await _it_is_in_doubt(working, merchant)
+    for state in ("queued", "sending"):
+        await execute(working.owner, "UPDATE payouts SET state = :state, version = version + 1", state=state)
+
+
+OBSTACLES: dict[str, Callable[[Desk, Merchant], Awaitable[None]]] = {
+    "lease passed": _lease_passes,
+    "another took over": _another_takes_over,
+    "in doubt": _it_is_in_doubt,
+    "in doubt in between": _it_was_in_doubt,
+    "callback goes elsewhere": _callback_goes_elsewhere,
 }
 
 
 @pytest.mark.parametrize("obstacle", OBSTACLES)
 async def test_what_has_met_something_since_is_left_to_the_careful_way(database_url: str, obstacle: str) -> None:
-    meet, state = OBSTACLES[obstacle]
     async with desk(database_url) as working:
         merchant = await working.merchant(webhook_url=URL)
         payout_id = await working.create(merchant)
         (call,) = await working.claim()
-        await meet(working, merchant)
+        await OBSTACLES[obstacle](working, merchant)
         before = await working.state(payout_id)
         assert await _end_at_once(working, Ended(call, PAID)) == set()
         assert await working.state(payout_id) == before
         assert await working.attempts(payout_id) != [("submit", "paid")]
         await working.record(Ended(call, PAID))
-        assert await working.state(payout_id) == state
+        assert await working.state(payout_id) == "success"
         if obstacle == "callback goes elsewhere":
             assert (await working.one("SELECT url FROM callbacks")).url == "http://127.0.0.1:9/new"
         await assert_sound(working.owner)
@@ -153,6 +166,75 @@ async def test_what_has_ended_is_not_ended_again(database_url: str, outcome: Out
         await working.record(ended)
         assert await working.count("events") == await working.count("entries", "kind <> 'hold'") - 1 == 1
         assert await working.count("discrepancies") == 0
+        await assert_sound(working.owner)
+
+
+async def test_a_due_row_that_passes_to_another_while_it_is_waited_for_ends_nothing(
+    database_url: str, superuser: Superuser
+) -> None:
+    async with desk(database_url) as working:
+        payout_id = await working.create(await working.merchant())
+        (call,) = await working.claim()
+        async with locked(working.owner, "UPDATE payout_due SET lease_token = $1", uuid4()):
+            ending = asyncio.create_task(_end_at_once(working, Ended(call, PAID)))
+            await until_waiting(superuser, "tests", "end_unopposed")
+        assert await ending == set()
+        assert await working.state(payout_id) == "sending"
+
+
+@pytest.mark.parametrize("table", ["payout_due", "payouts"])
+@pytest.mark.parametrize("shops", [1, 8])
+async def test_rows_are_locked_in_the_order_of_their_ids(
+    database_url: str, superuser: Superuser, table: str, shops: int
+) -> None:
+    """However few shops the planner has been told of, and in whatever order the answers came."""
+    key = "payout_id" if table == "payout_due" else "id"
+    async with desk(database_url) as working:
+        merchants = [await working.merchant()]
+        await superuser.execute("ANALYZE shops, merchants, accounts")
+        merchants += [await working.merchant() for _ in range(shops - 1)]
+        payout_ids = [await working.create(merchants[-1 - number % shops]) for number in range(8)]
+        calls = sorted(await working.claim(), key=lambda call: call.payout.id, reverse=True)
+        first, *others = sorted(payout_ids)
+        async with locked(working.owner, f"SELECT FROM {table} WHERE {key} = $1 FOR UPDATE", first):
+            ending = asyncio.create_task(_end_at_once(working, *(Ended(call, PAID) for call in calls)))
+            await until_waiting(superuser, "tests", "end_unopposed")
+            free = await fetch(
+                working.owner,
+                f"SELECT {key} AS id FROM {table} WHERE {key} = ANY (:others) FOR UPDATE SKIP LOCKED",
+                others=others,
+            )
+            assert {row.id for row in free} == set(others)
+        assert await ending == set(payout_ids)
+
+
+async def test_what_ended_at_once_is_told_though_the_rest_was_not_recorded(database_url: str) -> None:
+    async with desk(database_url) as working:
+        held, free = [await working.merchant() for _ in range(2)]
+        await working.create(held)
+        for _ in range(2):
+            # Nobody hears of the first claim; whoever comes next has to ask.
+            await working.claim()
+            await working.make_due()
+        payout_id = await working.create(free)
+        ended = [Ended(call, PAID) for call in await working.claim()]
+        noted: list[Recorded] = []
+        async with account_locked(working.owner, held.shop.id):
+            with pytest.raises(AccountBusy):
+                await record(working.worker, ended, wait_seconds=0.05, note=noted.append)
+        assert [event.payout_id for recorded in noted for event in recorded.events] == [payout_id]
+        await working.record(*ended)
+        assert await working.count("events") == 2
+        await assert_sound(working.owner)
+
+
+async def test_more_than_a_claim_takes_ends_in_batches(database_url: str) -> None:
+    async with desk(database_url) as working:
+        merchant = await working.merchant()
+        await working.create_many(merchant, 600)
+        await working.settle()
+        assert await working.count("payouts", "state = 'success'") == 600
+        assert await working.balance(merchant) == (100_000_000 - 600 * 1000, 0)
         await assert_sound(working.owner)
 
 
@@ -188,6 +270,17 @@ async def test_a_word_that_is_not_the_last_or_of_another_sum_ends_nothing_at_onc
         await working.create(await working.merchant())
         (call,) = await working.claim()
         assert find_endings([Ended(call, answer)]) == []
+
+
+async def test_the_answer_to_a_look_up_ends_nothing_at_once(database_url: str) -> None:
+    async with desk(database_url) as working:
+        await working.create(await working.merchant())
+        for _ in range(2):
+            await working.claim()
+            await working.make_due()
+        (call,) = await working.claim()
+        assert call.action == LOOK_UP
+        assert find_endings([Ended(call, PAID)]) == []
 
 
 async def test_of_two_answers_for_one_payout_none_ends_it_at_once(database_url: str) -> None:
