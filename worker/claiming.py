@@ -58,7 +58,7 @@ async def claim_calls(
     if not shop_ids:
         return claimed, []
     payouts = await lock_payouts(tx, shop_ids, to_send=True)
-    # One that has never moved was never tried.
+    # One that has never moved was never tried: the schema has every attempt come with a move, or after one.
     tried = [payout.id for payout in payouts if payout.version > 1]
     histories = await find_histories(tx, tried) if tried else {}
     open_numbers = [(p, histories[p.id].open_no) for p in payouts if p.id in histories]
