@@ -102,7 +102,7 @@ class Acceptor:
         future = asyncio.get_running_loop().create_future()
         waiting = _Waiting(order, future, monotonic() + self._wait_seconds)
         self._waiting_count += 1
-        shop_id = order.shop.id
+        shop_id = order.shop_id
         line = self._busy_lines.get(shop_id) or self._lines[shop_id.int % len(self._lines)]
         line.waiting.append(waiting)
         if not line.running:
@@ -157,7 +157,7 @@ class Acceptor:
         while batch := self._take(line):
             shared: list[_Waiting] = []
             for waiting in batch:
-                if waiting.order.shop.id in self._busy_lines:
+                if waiting.order.shop_id in self._busy_lines:
                     self._to_busy_line(waiting)
                 else:
                     shared.append(waiting)
@@ -166,7 +166,7 @@ class Acceptor:
         return []
 
     def _to_busy_line(self, waiting: _Waiting) -> None:
-        shop_id = waiting.order.shop.id
+        shop_id = waiting.order.shop_id
         line = self._busy_lines.get(shop_id)
         if line is None:
             line = self._busy_lines[shop_id] = _Line(running=True)
@@ -218,7 +218,7 @@ class Acceptor:
     ) -> Mapping[_Waiting, Verdict | Exception | None]:
         """The verdict of each, or the error that it met; None where somebody else holds the account."""
         failure: Exception | None = None
-        accepted_at: Mapping[int, datetime | None] = {waiting.order.shop.account_id: None for waiting in batch}
+        accepted_at: Mapping[int, datetime | None] = {waiting.order.account_id: None for waiting in batch}
         try:
             accepted_at = await self._accept_unopposed(batch, wait_seconds)
         except (AccountBusy, DatabaseSlow) as error:
@@ -230,9 +230,9 @@ class Acceptor:
         opposed: list[_Waiting] = []
         for waiting in batch:
             order = waiting.order
-            if order.shop.account_id not in accepted_at:
+            if order.account_id not in accepted_at:
                 verdicts[waiting] = None
-            elif (moment := accepted_at[order.shop.account_id]) is None:
+            elif (moment := accepted_at[order.account_id]) is None:
                 opposed.append(waiting)
             else:
                 verdicts[waiting] = Accepted(new_payout(order, moment), replayed=False)
@@ -249,8 +249,8 @@ class Acceptor:
 
         Nothing is accepted while it is not certain that it would be before one of them is withdrawn.
         """
-        nothing = dict.fromkeys(waiting.order.shop.account_id for waiting in batch)
-        wanted = [waiting.order.stored() for waiting in batch]
+        nothing = dict.fromkeys(waiting.order.account_id for waiting in batch)
+        wanted = [waiting.order for waiting in batch]
         ends_at = min(waiting.ends_at for waiting in batch)
         certain_at = 0.0
 

@@ -184,7 +184,7 @@ def _resources(
 def _tell(publisher: Publisher, orders: Sequence[Order]) -> None:
     """After the commit: have the payouts settled now, with the contexts of those requests that are traced."""
     traceparents = [order.traceparent for order in orders if order.traceparent is not None]
-    publisher.offer(Work.SETTLE, [(order.id, order.shop.id) for order in orders], traceparents)
+    publisher.offer(Work.SETTLE, [(order.id, order.shop_id) for order in orders], traceparents)
 
 
 def _tell_events(publisher: Publisher, events: Sequence[Event]) -> None:

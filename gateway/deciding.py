@@ -3,11 +3,9 @@
 It is written to be repeated: an order whose payout exists with its own id was accepted by an earlier try.
 """
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 from common.db.accepting import NewPayout, append_accepted
@@ -21,42 +19,11 @@ from common.domain.payout import State
 from common.errors import ExternalIdReused, FieldError, InsufficientBalance, InvalidRequest, Overloaded, PayoutsError
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
-    """One create, ready to be decided: everything that is stored but the money's place in the ledger."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order(NewPayout):
+    """One create, ready to be decided: what is stored of it when it is accepted, and its shop."""
 
-    id: UUID
     shop: Shop
-    external_id: str
-    amount_minor: int
-    recipient_sealed: bytes = field(repr=False)
-    recipient_masked: str
-    recipient_digest: bytes = field(repr=False)
-    payment_data_digest: bytes | None = field(repr=False)
-    callback_url: str | None
-    details: dict[str, Any] | None
-    expires_at: datetime | None = None
-    traceparent: str | None = None
-
-    def stored(self) -> NewPayout:
-        """As it is written when it is accepted."""
-        return NewPayout(
-            id=self.id,
-            shop_id=self.shop.id,
-            account_id=self.shop.account_id,
-            external_id=self.external_id,
-            amount_minor=self.amount_minor,
-            currency=self.shop.currency,
-            recipient_sealed=self.recipient_sealed,
-            recipient_masked=self.recipient_masked,
-            recipient_digest=self.recipient_digest,
-            payment_data_digest=self.payment_data_digest,
-            callback_url=self.callback_url,
-            details=None if self.details is None else json.dumps(self.details),
-            rail=self.shop.rail,
-            expires_at=self.expires_at,
-            traceparent=self.traceparent,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +47,13 @@ async def decide_batch(
     Repeat: an order whose payout exists with its own id was accepted by an earlier try.
     Returns: a verdict per order; None where the account was left out.
     """
-    locked = await lock_accounts(tx, {order.shop.account_id for order in orders}, wait_seconds=wait_seconds)
-    ours = [order for order in orders if order.shop.account_id in locked]
-    existing = await find_by_external_ids(tx, {(order.shop.id, order.external_id) for order in ours}) if ours else {}
+    locked = await lock_accounts(tx, {order.account_id for order in orders}, wait_seconds=wait_seconds)
+    ours = [order for order in orders if order.account_id in locked]
+    existing = await find_by_external_ids(tx, {(order.shop_id, order.external_id) for order in ours}) if ours else {}
     accepted: list[tuple[NewPayout, Entry]] = []
     verdicts: list[Verdict | None] = []
     for order in orders:
-        account = locked.get(order.shop.account_id)
+        account = locked.get(order.account_id)
         if not is_wanted(order):
             verdicts.append(Overloaded())
         else:
@@ -103,7 +70,7 @@ def _decide(
     accepted: list[tuple[NewPayout, Entry]],
 ) -> Verdict:
     """One order, after those before it: `existing` and the account already know them."""
-    payout = existing.get((order.shop.id, order.external_id))
+    payout = existing.get((order.shop_id, order.external_id))
     if payout is not None and payout.id == order.id:
         return Accepted(payout, replayed=False)
     objection = locked.objection(order.shop.code)
@@ -120,8 +87,8 @@ def _decide(
             render_amount(order.amount_minor, exponent), render_amount(account.spendable_minor, exponent)
         )
     payout = new_payout(order, locked.locked_at)
-    existing[order.shop.id, order.external_id] = payout
-    accepted.append((order.stored(), account.append(EntryKind.HOLD, order.amount_minor)))
+    existing[order.shop_id, order.external_id] = payout
+    accepted.append((order, account.append(EntryKind.HOLD, order.amount_minor)))
     return Accepted(payout, replayed=False)
 
 
@@ -129,7 +96,7 @@ def _differing_fields(order: Order, payout: Payout) -> list[str]:
     """The fields of the content in which an order differs from the payout that has its id."""
     pairs = {
         "amount": (order.amount_minor, payout.amount_minor),
-        "currency": (order.shop.currency, payout.currency),
+        "currency": (order.currency, payout.currency),
         "card_number": (order.recipient_digest, payout.recipient_digest),
         "paymentData": (order.payment_data_digest, payout.payment_data_digest),
     }
@@ -140,10 +107,10 @@ def new_payout(order: Order, accepted_at: datetime) -> Payout:
     """What an order is from the moment on that it was accepted."""
     return Payout(
         id=order.id,
-        shop_id=order.shop.id,
+        shop_id=order.shop_id,
         external_id=order.external_id,
         amount_minor=order.amount_minor,
-        currency=order.shop.currency,
+        currency=order.currency,
         recipient_masked=order.recipient_masked,
         recipient_digest=order.recipient_digest,
         payment_data_digest=order.payment_data_digest,

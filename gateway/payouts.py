@@ -111,14 +111,18 @@ def place_order(
     return Order(
         id=payout_id,
         shop=shop,
+        shop_id=shop.id,
+        account_id=shop.account_id,
         external_id=create.external_id,
         amount_minor=amount_minor,
+        currency=shop.currency,
         recipient_sealed=seal_recipient(keyring, recipient, shop_id=shop.id, payout_id=payout_id, now=now),
         recipient_masked=mask_recipient(create.recipient),
         recipient_digest=keyring.digest(f"recipient|{create.recipient}", owner=shop.id),
         payment_data_digest=digest_payment_data(keyring, shop, create.payment_data),
         callback_url=create.callback_url,
         details=create.details or None,
+        rail=shop.rail,
         expires_at=create.expires_at,
         traceparent=traceparent,
     )

@@ -5,6 +5,7 @@ a payin.
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,8 +30,8 @@ METADATA_KEY_CHARACTERS_MAX: Final = 64
 METADATA_VALUE_CHARACTERS_MAX: Final = 500
 # Fields that are only kept and shown again, with their greatest length in characters.
 _TEXT_FIELDS: Final = {"description": 500, "merchant_user_id": 128, "merchant_user_ip": 64}
-# Before the shop is known, an amount that fits any currency passes.
-_EXPONENTS: Final = sorted(set(CURRENCY_EXPONENTS.values()))
+# Before the shop is known, an amount that fits any currency passes; the exponent of most is tried first.
+_EXPONENTS: Final = tuple(exponent for exponent, _ in Counter(CURRENCY_EXPONENTS.values()).most_common())
 
 AMOUNT_INVALID: Final = FieldError("amount", "amount must be a positive decimal string")
 CALLBACK_URL_INVALID: Final = FieldError("callback_url", "callback_url must be a valid URL")

@@ -126,8 +126,11 @@ def order(config: Settings, shop: Shop, *, payout_id: UUID | None = None, **fiel
     values: dict[str, Any] = {
         "id": payout_id,
         "shop": shop,
+        "shop_id": shop.id,
+        "account_id": shop.account_id,
         "external_id": f"PAY-{next(_numbers)}",
         "amount_minor": 1000,
+        "currency": shop.currency,
         "recipient_sealed": seal_recipient(
             config.keyring, Recipient(recipient, None), shop_id=shop.id, payout_id=payout_id, now=time.time()
         ),
@@ -136,6 +139,7 @@ def order(config: Settings, shop: Shop, *, payout_id: UUID | None = None, **fiel
         "payment_data_digest": None,
         "callback_url": None,
         "details": None,
+        "rail": shop.rail,
     } | fields
     return Order(**values)
 

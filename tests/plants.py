@@ -62,7 +62,7 @@ PLANTS: Final = (
     Plant(
         "an external id that exists is not looked for",
         "gateway/deciding.py",
-        "payout = existing.get((order.shop.id, order.external_id))",
+        "payout = existing.get((order.shop_id, order.external_id))",
         "payout = None",
         (_API,),
     ),

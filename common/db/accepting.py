@@ -4,9 +4,11 @@ There are two ways. `append_accepted` writes what somebody has decided under the
 locks, looks and writes in one round trip, where there is nothing to decide.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import text
@@ -15,7 +17,7 @@ from common.db.engine import Tx, arrays_of
 from common.domain.ledger import Entry
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NewPayout:
     """Everything that is stored of a payout when it is accepted, but the place of its hold in the ledger."""
 
@@ -25,15 +27,15 @@ class NewPayout:
     external_id: str
     amount_minor: int
     currency: str
-    recipient_sealed: bytes
+    recipient_sealed: bytes = field(repr=False)
     recipient_masked: str
-    recipient_digest: bytes
-    payment_data_digest: bytes | None
+    recipient_digest: bytes = field(repr=False)
+    payment_data_digest: bytes | None = field(repr=False)
     callback_url: str | None
-    details: str | None
+    details: dict[str, Any] | None
     rail: str
-    expires_at: datetime | None
-    traceparent: str | None
+    expires_at: datetime | None = None
+    traceparent: str | None = None
 
 
 _APPEND_ACCEPTED = text(
@@ -105,7 +107,7 @@ async def accept_unopposed(tx: Tx, wanted: Sequence[NewPayout], *, wait_seconds:
                 "accounts": accounts,
                 "wait_ms": int(wait_seconds * 1000),
                 "until": until,
-                **arrays_of(wanted, NewPayout),
+                **_columns(wanted),
             },
         )
     ).all()
@@ -117,7 +119,13 @@ async def append_accepted(tx: Tx, accepted: Sequence[tuple[NewPayout, Entry]]) -
 
     Locks: the caller holds the accounts, so no other create of these shops can come between.
     """
-    columns = arrays_of([payout for payout, _ in accepted], NewPayout)
+    columns = _columns([payout for payout, _ in accepted])
     for name in ("seq", "posted_after_minor", "held_after_minor"):
         columns[name] = [getattr(hold, name) for _, hold in accepted]
     await tx.execute(_APPEND_ACCEPTED, columns)
+
+
+def _columns(payouts: Sequence[NewPayout]) -> dict[str, list[Any]]:
+    columns = arrays_of(payouts, NewPayout)
+    columns["details"] = [None if payout.details is None else json.dumps(payout.details) for payout in payouts]
+    return columns

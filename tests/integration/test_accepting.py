@@ -24,10 +24,9 @@ FUNDS_MINOR = 100_000_000
 async def accept(
     floor: Desk, orders: Sequence[Order], *, wait_seconds: float = 0, until: datetime = LATER
 ) -> dict[int, datetime | None]:
-    wanted = [item.stored() for item in orders]
     found = await in_transaction(
         each_alone(floor.gateway),
-        lambda tx: accept_unopposed(tx, wanted, wait_seconds=wait_seconds, until=until),
+        lambda tx: accept_unopposed(tx, orders, wait_seconds=wait_seconds, until=until),
         attempts_max=1,
     )
     return found.accepted_at
@@ -145,7 +144,7 @@ async def test_an_account_that_somebody_holds_is_left_out_or_awaited_for_a_while
 async def accept_behind(floor: Desk, superuser: Superuser, before: Order, behind: Order) -> dict[int, datetime | None]:
     """Accept one while a transaction that has accepted another still holds their account, and then commits."""
     async with floor.gateway.connect() as holder:
-        await accept_unopposed(holder, [before.stored()], wait_seconds=0, until=LATER)
+        await accept_unopposed(holder, [before], wait_seconds=0, until=LATER)
         waiting = asyncio.create_task(accept(floor, [behind], wait_seconds=LOCK_WAIT_SECONDS))
         await until_waiting(superuser, "tests", "accept_unopposed")
         await holder.commit()
@@ -201,6 +200,6 @@ async def test_each_alone_leaves_the_transactions_of_its_pool_alone(floor: Desk)
     for alone in (True, False) * 3:
         item = accepted if alone else undone
         async with (each_alone(pool) if alone else pool).connect() as tx:
-            await accept_unopposed(tx, [item.stored()], wait_seconds=0, until=LATER)
+            await accept_unopposed(tx, [item], wait_seconds=0, until=LATER)
     await pool.dispose()
     assert await stored_ids(floor) == [accepted.id]

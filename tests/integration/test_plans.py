@@ -322,7 +322,7 @@ FIRST_SHOP = UUID(int=0)
 # Both ways of accepting what nothing speaks against.
 _ACCEPT: dict[str, Callable[[Tx, Sequence[Order]], Awaitable[Any]]] = {
     "unopposed": lambda tx, orders: accept_unopposed(
-        tx, [item.stored() for item in orders], wait_seconds=LOCK_WAIT_SECONDS, until=datetime(2999, 1, 1, tzinfo=UTC)
+        tx, orders, wait_seconds=LOCK_WAIT_SECONDS, until=datetime(2999, 1, 1, tzinfo=UTC)
     ),
     "careful": lambda tx, orders: decide_batch(tx, orders, wait_seconds=LOCK_WAIT_SECONDS),
 }
