@@ -2,13 +2,16 @@
 a signature or a recipient.
 """
 
+import asyncio
+import atexit
 import json
 import logging
 import sys
 from enum import StrEnum
 from functools import cache, lru_cache
+from threading import Lock
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, TextIO, cast
 
 import orjson
 import structlog
@@ -57,7 +60,7 @@ class LogEvent(StrEnum):
     INVARIANT_BROKEN = "invariant.broken"
 
 
-_JSON_OPTIONS: Final = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
+_JSON_OPTIONS: Final = orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
 
 # A second line of defence: whatever is logged under such a key is dropped.
 _FORBIDDEN_PARTS: Final = ("secret", "signature", "card", "recipient", "password", "authorization", "body")
@@ -88,6 +91,44 @@ def _render_slowly(line: structlog.typing.EventDict) -> str:
     return json.dumps(line, default=repr, sort_keys=True, separators=(",", ":"))
 
 
+class _Together:
+    """A stream for lines. Those of one turn of the event loop are written by one call to the system, when it is over; where no
+    loop runs, each at once. A process that is killed takes those of its last turn along.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lines: list[str] = []
+        self._awaits: asyncio.AbstractEventLoop | None = None
+        self._lock = Lock()
+        atexit.register(self._write_out)
+
+    def write(self, line: str) -> int:
+        """Take a line; `flush` follows."""
+        with self._lock:
+            self._lines.append(line)
+        return len(line)
+
+    def flush(self) -> None:
+        """See that what was taken is written."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._write_out()
+            return
+        if self._awaits is not loop:
+            self._awaits = loop
+            loop.call_soon(self._write_out)
+
+    def _write_out(self) -> None:
+        self._awaits = None
+        with self._lock:
+            lines, self._lines = self._lines, []
+            if lines:
+                self._stream.write("".join(lines))
+                self._stream.flush()
+
+
 def configure_logging(log_format: str, log_level: str = "info", **bound: str) -> None:
     """Send our lines from a level on, and the libraries' from `warning` on, to stdout, as JSON or for people.
 
@@ -101,14 +142,15 @@ def configure_logging(log_format: str, log_level: str = "info", **bound: str) ->
         structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)),
         _drop_forbidden,
     ]
+    stdout = cast(TextIO, _Together(sys.stdout))
     renderer: structlog.typing.Processor = structlog.dev.ConsoleRenderer() if log_format == "console" else _render_json
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(ours),
-        logger_factory=structlog.WriteLoggerFactory(sys.stdout),
+        logger_factory=structlog.WriteLoggerFactory(stdout),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(stdout)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
     logging.basicConfig(
         handlers=[handler], level=ours if ours == logging.DEBUG else max(ours, logging.WARNING), force=True

@@ -47,3 +47,57 @@ def test_a_class_of_ours_is_told_by_its_repr_and_what_must_not_be_told_is_droppe
     told = json.loads(line)
     assert told["found"] == "Held(name='a key')"
     assert (told["card_number"], told["status"]) == ("[dropped]", 200)
+
+
+_COUNTED = """
+import asyncio, logging, sys
+
+class Counted:
+    def __init__(self):
+        self.writes = []
+    def write(self, text):
+        self.writes.append(text)
+    def flush(self):
+        pass
+
+stdout = sys.stdout = Counted()
+configure_logging("json")
+say = get_logger().info
+"""
+
+
+def test_what_is_said_in_one_turn_of_the_loop_is_written_together_in_its_order_and_nothing_waits_longer() -> None:
+    (told,) = _lines(
+        _COUNTED,
+        """
+async def main():
+    for number in range(3):
+        say(LogEvent.ROUND_FAILED, number=number)
+    logging.getLogger("library").warning("between")
+    say(LogEvent.ROUND_FAILED, number=3)
+    await asyncio.sleep(0)
+    say(LogEvent.ROUND_FAILED, number=4)
+    await asyncio.sleep(0)
+    assert len(stdout.writes) == 2, "what was said is written before anything else is done"
+say(LogEvent.ROUND_FAILED, number="before")
+assert len(stdout.writes) == 1, "without a loop at once"
+del stdout.writes[:]
+asyncio.run(main())
+import json
+print(json.dumps(stdout.writes), file=sys.__stdout__)
+""",
+    )
+    writes = json.loads(told)
+    numbers = [[json.loads(line).get("number") for line in text.splitlines()] for text in writes]
+    assert numbers == [[0, 1, 2, None, 3], [4]]
+
+
+def test_what_is_said_last_is_written_though_the_loop_ends_with_it() -> None:
+    lines = _lines(
+        "import asyncio",
+        "async def end(): say(LogEvent.PROCESS_STOPPED, number=1); raise SystemExit(0)",
+        "async def first(): say(LogEvent.PROCESS_STOPPED, number=0)",
+        "asyncio.run(first())",
+        "asyncio.run(end())",
+    )
+    assert [json.loads(line)["number"] for line in lines] == [0, 1]
