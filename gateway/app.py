@@ -20,6 +20,7 @@ from common.admin import Readiness, livez, readyz
 from common.db.callbacks import Event, ids_to_tell, traceparents_of
 from common.db.engine import Engine, close_engine, create_engine, each_alone
 from common.domain.ids import PAYOUT, render_id
+from common.domain.signing import RAIL_WINDOW_SECONDS
 from common.domain.times import render_time
 from common.errors import (
     BodyTooLarge,
@@ -231,8 +232,7 @@ def _left_to_end(handle: Handler) -> Handler:
 async def _receive_event(request: web.Request) -> web.Response:
     """A rail's event, which its own secret signs."""
     resources = request.app[RESOURCES]
-    window_seconds = resources.settings.signature_window_seconds
-    signed = read_signature(request, now=time.time(), window_seconds=window_seconds)
+    signed = read_signature(request, now=time.time(), window_seconds=RAIL_WINDOW_SECONDS)
     body = await _read_body(request, resources)
     return await resources.gate.let_in(lambda: asyncio.shield(receive_event(request, *signed, body)))
 

@@ -38,6 +38,13 @@ _CREDITING: Final = "tests/integration/test_crediting.py"
 
 PLANTS: Final = (
     Plant(
+        "\"not found\" is believed while a call that was claimed may still begin",
+        "worker/settlement.py",
+        "denial_seconds=rail.denial_seconds and rail.denial_seconds + begin_seconds,",
+        "denial_seconds=rail.denial_seconds,",
+        ("tests/integration/test_recovering.py",),
+    ),
+    Plant(
         "accounts are read without a lock",
         "migrations/versions/0001_main_job.py",
         "WHERE a.id = ANY (account_ids) ORDER BY a.id FOR NO KEY UPDATE) l;",

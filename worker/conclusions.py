@@ -31,7 +31,7 @@ LOOK_UP: Final = "look_up"
 class Call:
     """One call to a rail that a claim has committed to. `start_until` is monotonic: later it must not begin.
 
-    `lag_seconds`, `denial_seconds`: as the rail has them.
+    `lag_seconds`: as the rail has it. `denial_seconds`: for how long after a claim to submit "not found" is no proof.
     """
 
     payout: LockedPayout

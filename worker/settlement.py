@@ -211,6 +211,8 @@ class Settler:
             settings, room = self._settings, self._room(name, rail)
             if room <= 0:
                 return None
+            # So long after its claim a call may still begin.
+            begin_seconds = settings.settle_lease_seconds - settings.rail_timeout_seconds
             claim = Claim(
                 rail=name,
                 token=uuid4(),
@@ -226,9 +228,9 @@ class Settler:
                 after_shop=after_shop,
                 busy=self._calls_by_shop[name],
                 lag_seconds=rail.lag_seconds,
-                denial_seconds=rail.denial_seconds,
+                denial_seconds=rail.denial_seconds and rail.denial_seconds + begin_seconds,
                 patience=settings.patience,
-                start_until=monotonic() + settings.settle_lease_seconds - settings.rail_timeout_seconds,
+                start_until=monotonic() + begin_seconds,
                 payout_ids=payout_ids,
             )
             claimed, calls = await in_transaction(self._engine, work)
@@ -286,7 +288,7 @@ class Settler:
             except SealBroken as error:
                 get_logger().error(LogEvent.SECRET_UNSEALABLE, payout_id=render_id(PAYOUT, payout.id), error=str(error))
                 return Answer(Outcome.NOT_ACCEPTED, detail="recipient does not open")
-            order = PaymentOrder(call.reference, payout.amount_minor, payout.currency, recipient)
+            order = PaymentOrder(call.reference, payout.amount_minor, payout.currency, recipient, asked_at=time())
         if monotonic() > call.start_until:
             return Answer(Outcome.NOT_ACCEPTED if order else Outcome.UNKNOWN, detail="lease ran out before the call")
         try:

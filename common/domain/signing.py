@@ -10,6 +10,8 @@ from typing import Final
 from common.domain.times import parse_time
 
 V1_PREFIX: Final = "v1="
+# How far a timestamp may be off, either way, in what we and a rail say to each other. Source: worker/rails/PROTOCOL.md.
+RAIL_WINDOW_SECONDS: Final = 60.0
 WEBHOOK_SECRET_PREFIX: Final = "whsec_"  # noqa: S105 how the secrets of Standard Webhooks begin
 
 _UNIX_SECONDS: Final = re.compile(r"\d{1,11}", re.ASCII)

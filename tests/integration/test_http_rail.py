@@ -1,7 +1,8 @@
 """The http rail against a bank on the wire: only its signed word counts, everything else leaves the money held."""
 
 import socket
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,11 @@ from worker.rails.http import HttpRail, open_rail_session
 FUNDS_MINOR = 100_000_000
 AMOUNT_MINOR = 1000
 TIMEOUT_SECONDS = 2.0
-ORDER = PaymentOrder("po_1", AMOUNT_MINOR, "BDT", Recipient("01712345678", {"bank": "x"}))
+
+
+def order(clock: Callable[[], float] = time.time, *, seconds_ago: float = 0.0) -> PaymentOrder:
+    recipient = Recipient("01712345678", {"bank": "x"})
+    return PaymentOrder("po_1", AMOUNT_MINOR, "BDT", recipient, clock() - seconds_ago)
 
 
 @asynccontextmanager
@@ -35,7 +40,6 @@ async def rail_to(base_url: str, **changes: Any) -> AsyncIterator[HttpRail]:
             secret=SECRET,
             authoritative=True,
             lag_seconds=0.0,
-            window_seconds=60.0,
             concurrency=None,
             breaker=Breaker(failures_max=1000, rest_seconds=1.0),
         )
@@ -64,13 +68,24 @@ async def test_only_a_signed_answer_says_something(
 ) -> None:
     async with bank(tmp_path) as there, rail_to(there.base_url) as rail:
         there.script.submits.append(behaviour)
-        answer = await rail.submit(ORDER)
+        answer = await rail.submit(order())
         assert answer.outcome is outcome, answer
         assert there.payment("po_1").times_paid == times_paid
         if behaviour.manner is Manner.ANSWER and outcome is not Outcome.NOT_ACCEPTED:
             assert (answer.amount_minor, answer.currency, answer.provider_reference) == (AMOUNT_MINOR, "BDT", "B-po_1")
-        assert await rail.submit(ORDER) == await rail.submit(ORDER)
+        assert await rail.submit(order()) == await rail.submit(order())
         assert there.payment("po_1").times_paid <= 1
+
+
+async def test_what_was_to_be_asked_long_ago_is_not_taken_any_more_and_until_then_not_found_is_no_proof(
+    tmp_path: Path,
+) -> None:
+    async with bank(tmp_path) as there, rail_to(there.base_url, lag_seconds=5.0) as rail:
+        assert rail.denial_seconds == 5.0 + 2 * 60
+        late = await rail.submit(order(seconds_ago=61))
+        assert late.outcome is Outcome.UNKNOWN
+        assert (await rail.look_up("po_1")).outcome is Outcome.NOT_FOUND
+        assert (await rail.submit(order(seconds_ago=50))).outcome is Outcome.PAID
 
 
 @pytest.mark.parametrize(
@@ -86,7 +101,7 @@ async def test_only_a_signed_answer_says_something(
 )
 async def test_a_look_up_is_believed_like_a_submit(tmp_path: Path, manner: Manner, outcome: Outcome) -> None:
     async with bank(tmp_path) as there, rail_to(there.base_url) as rail:
-        await rail.submit(ORDER)
+        await rail.submit(order())
         # A dropped connection is tried once more by the client: a look-up changes nothing.
         there.script.look_ups += [manner] * 2
         assert (await rail.look_up("po_1")).outcome is outcome
@@ -103,7 +118,7 @@ async def test_not_found_is_an_answer_only_of_a_rail_that_promises_to_know(
 @pytest.mark.parametrize("changes", [{"secret": "another"}, {"clock": lambda: 1_000_000.0}], ids=["secret", "clock"])
 async def test_whose_secret_or_clock_is_another_learns_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
     async with bank(tmp_path) as there, rail_to(there.base_url, **changes) as rail:
-        assert (await rail.submit(ORDER)).outcome is Outcome.UNKNOWN
+        assert (await rail.submit(order(rail.clock))).outcome is Outcome.UNKNOWN
         assert there.ledger.payments() == []
 
 
@@ -112,14 +127,14 @@ async def test_only_a_connection_that_could_not_be_opened_was_not_accepted_by_it
         taken.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
         async with rail_to(nobody) as rail:
-            assert await rail.submit(ORDER) == Answer(Outcome.NOT_ACCEPTED, detail="not connected")
+            assert await rail.submit(order()) == Answer(Outcome.NOT_ACCEPTED, detail="not connected")
             assert await rail.look_up("po_1") == Answer(Outcome.UNKNOWN, detail="not connected")
 
 
 async def test_another_content_under_the_same_reference_is_paid_by_nobody(tmp_path: Path) -> None:
     async with bank(tmp_path) as there, rail_to(there.base_url) as rail:
-        await rail.submit(ORDER)
-        assert (await rail.submit(replace(ORDER, amount_minor=2))).outcome is Outcome.UNKNOWN
+        await rail.submit(order())
+        assert (await rail.submit(replace(order(), amount_minor=2))).outcome is Outcome.UNKNOWN
         assert (there.payment("po_1").amount_minor, there.payment("po_1").times_paid) == (AMOUNT_MINOR, 1)
 
 
@@ -129,11 +144,11 @@ async def test_a_silent_bank_is_left_in_peace(tmp_path: Path) -> None:
         assert rail.calls_max == 7
         there.script.submits += [Behaviour(Manner.ERROR_AFTER)] * 3
         for number in range(3):
-            await rail.submit(replace(ORDER, reference=f"po_{number}"))
+            await rail.submit(replace(order(), reference=f"po_{number}"))
         assert rail.calls_max == 7, "an error that is signed is an answer"
         there.script.submits += [Behaviour(Manner.DROP_AFTER)] * 3
         for number in range(3):
-            await rail.submit(replace(ORDER, reference=f"po_x{number}"))
+            await rail.submit(replace(order(), reference=f"po_x{number}"))
         assert rail.calls_max == 0
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
@@ -438,7 +439,7 @@ def test_a_decline_without_a_reason_has_one_all_the_same() -> None:
 
 async def _reach_the_bank(working: Desk, call: Call, number: str) -> None:
     """The rail got the order; its answer did not get through."""
-    order = PaymentOrder(call.reference, AMOUNT_MINOR, "BDT", Recipient(number, None))
+    order = PaymentOrder(call.reference, AMOUNT_MINOR, "BDT", Recipient(number, None), time.time())
     with suppress(TimeoutError):
         await asyncio.wait_for(working.sandbox().submit(order), 0.2)
 

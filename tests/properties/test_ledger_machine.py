@@ -9,6 +9,7 @@ elsewhere every time.
 import asyncio
 import os
 import random
+import time
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -223,7 +224,7 @@ class LedgerMachine(PayinRules):
         if call.action != SUBMIT:
             return await self._bank.look_up(call.reference)
         recipient = Recipient(self._numbers[call.payout.id], None)
-        wanted = PaymentOrder(call.reference, call.payout.amount_minor, call.payout.currency, recipient)
+        wanted = PaymentOrder(call.reference, call.payout.amount_minor, call.payout.currency, recipient, time.time())
         try:
             return await asyncio.wait_for(self._bank.submit(wanted), PATIENCE_SECONDS)
         except TimeoutError:

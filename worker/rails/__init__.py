@@ -42,12 +42,17 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class PaymentOrder:
-    """What a rail is asked to pay. `amount_minor` in minor units of `currency`."""
+    """What a rail is asked to pay. `amount_minor` in minor units of `currency`.
+
+    `asked_at`: Unix seconds, from before it was seen that there is still time to ask; what a rail signs the request with. So a
+    process that stands still between the two sends what is no longer taken.
+    """
 
     reference: str
     amount_minor: int
     currency: str
     recipient: Recipient = field(repr=False)
+    asked_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,7 @@ class Rail(Protocol):
 
     @property
     def denial_seconds(self) -> float:
-        """For how long after a submit began "not found" may still mean "not yet", and is no proof."""
+        """For how long after `PaymentOrder.asked_at` "not found" may still mean "not yet", and is no proof; 0: never."""
 
     @property
     def calls_max(self) -> int | None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import aiohttp
 from yarl import URL
 
-from common.domain.signing import parse_timestamp, sign_answer, sign_v1, signatures_equal
+from common.domain.signing import RAIL_WINDOW_SECONDS, parse_timestamp, sign_answer, sign_v1, signatures_equal
 from worker.rails import Answer, Outcome, PayinTerms, PaymentOrder
 from worker.rails.breaker import Breaker
 
@@ -53,7 +53,7 @@ async def open_rail_session(
 
 @dataclass(frozen=True, slots=True)
 class HttpRail:
-    """One bank. `window_seconds`: how far the clocks of both sides may be apart, and so how long a request may be late.
+    """One bank.
 
     Repeat: the bank pays a reference at most once; that is its part of the protocol.
     """
@@ -63,15 +63,14 @@ class HttpRail:
     secret: str = field(repr=False)
     authoritative: bool
     lag_seconds: float
-    window_seconds: float
     concurrency: int | None
     breaker: Breaker
     clock: Callable[[], float] = time.time
 
     @property
     def denial_seconds(self) -> float:
-        """For how long after a submit "not found" may mean "not yet": until no request of it can be taken any more."""
-        return self.lag_seconds + 2 * self.window_seconds
+        """For how long "not found" may mean "not yet": until the request is too old, whichever way the clocks are apart."""
+        return self.lag_seconds + 2 * RAIL_WINDOW_SECONDS
 
     @property
     def calls_max(self) -> int | None:
@@ -87,7 +86,9 @@ class HttpRail:
             "recipient": {"number": order.recipient.number, **_payment_data(order)},
         }
         try:
-            status, answer = await self._exchange("POST", self.base_url / "payouts", json.dumps(body).encode())
+            status, answer = await self._exchange(
+                "POST", self.base_url / "payouts", json.dumps(body).encode(), at=order.asked_at
+            )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
             return Answer(Outcome.NOT_ACCEPTED, detail="not connected")
         except _NoAnswer as error:
@@ -127,13 +128,15 @@ class HttpRail:
             return Answer(Outcome.UNKNOWN, detail=f"status {status}")
         return _read(answer, reference, _TO_PAYIN_LOOK_UP)
 
-    async def _exchange(self, method: str, url: URL, body: bytes) -> tuple[int, dict[str, Any]]:
-        """One signed request, and the bank's signed answer to it.
+    async def _exchange(
+        self, method: str, url: URL, body: bytes, *, at: float | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """One request, signed for a moment in Unix seconds, now if none is named, and the bank's signed answer to it.
 
         Raises: `_NoAnswer`; `ClientConnectorError` and `ConnectionTimeoutError` when there was no connection to send it on.
         """
         answered = False
-        timestamp = str(int(self.clock()))
+        timestamp = str(int(self.clock() if at is None else at))
         signature = sign_v1(self.secret, timestamp, method, url.raw_path, url.raw_query_string, body)
         headers = {"Content-Type": "application/json", "X-Timestamp": timestamp, "X-Signature": signature}
         try:
@@ -159,7 +162,7 @@ class HttpRail:
         expected = sign_answer(self.secret, timestamp, request_signature, response.status, content)
         if not signatures_equal(expected, response.headers.get("X-Signature", "")):
             raise _NoAnswer(f"status {response.status}, not signed by the bank")
-        if signed_at is None or abs(self.clock() - signed_at) > self.window_seconds:
+        if signed_at is None or abs(self.clock() - signed_at) > RAIL_WINDOW_SECONDS:
             raise _NoAnswer("signed at another time")
 
 

@@ -78,7 +78,6 @@ class Registry(Mapping[str, Rail]):
             secret=secret.decode(),
             authoritative=row.authoritative,
             lag_seconds=row.lag_seconds,
-            window_seconds=self._settings.signature_window_seconds,
             concurrency=row.concurrency,
             breaker=Breaker(
                 failures_max=self._settings.rail_breaker_failures,
