@@ -30,6 +30,15 @@ METADATA_KEY_CHARACTERS_MAX: Final = 64
 METADATA_VALUE_CHARACTERS_MAX: Final = 500
 # Fields that are only kept and shown again, with their greatest length in characters.
 _TEXT_FIELDS: Final = {"description": 500, "merchant_user_id": 128, "merchant_user_ip": 64}
+_METADATA_TOO_LONG: Final = (
+    f"metadata must have keys of at most {METADATA_KEY_CHARACTERS_MAX} characters"
+    f" and values of at most {METADATA_VALUE_CHARACTERS_MAX}"
+)
+# In the contract's order.
+_FIELDS: Final = (
+    *("external_id", "amount", "currency", "card_number", "callback_url", "shop_code"),
+    *("description", "metadata", "merchant_user_id", "merchant_user_ip", "paymentData", "expires_at"),
+)
 # Before the shop is known, an amount that fits any currency passes; the exponent of most is tried first.
 _EXPONENTS: Final = tuple(exponent for exponent, _ in Counter(CURRENCY_EXPONENTS.values()).most_common())
 
@@ -158,7 +167,7 @@ def parse_create_payout(body: bytes, *, private_callbacks: bool) -> CreatePayout
         expires_at=fields.expires_at(),
     )
     if fields.errors:
-        raise InvalidRequest(*fields.errors)
+        raise InvalidRequest(*fields.errors_in_order())
     return create
 
 
@@ -176,7 +185,7 @@ def parse_create_payin(body: bytes, *, private_callbacks: bool) -> CreatePayin:
         expires_at=fields.expires_at(),
     )
     if fields.errors:
-        raise InvalidRequest(*fields.errors)
+        raise InvalidRequest(*fields.errors_in_order())
     return create
 
 
@@ -186,6 +195,10 @@ class _Fields:
     def __init__(self, values: dict[str, Any]) -> None:
         self._values = values
         self.errors: list[FieldError] = []
+
+    def errors_in_order(self) -> list[FieldError]:
+        """What is wrong, in the order in which the contract names the fields."""
+        return sorted(self.errors, key=lambda error: _FIELDS.index(error.field))
 
     def _refuse(self, field: str, message: str) -> None:
         self.errors.append(FieldError(field, message))
@@ -254,6 +267,8 @@ class _Fields:
         metadata = self._values.get("metadata")
         if metadata is not None and not _is_metadata(metadata):
             self._refuse("metadata", f"metadata must be an object of at most {METADATA_MAX} strings")
+        elif metadata and not _fits(metadata):
+            self._refuse("metadata", _METADATA_TOO_LONG)
         elif metadata:
             details["metadata"] = metadata
         return details
@@ -276,14 +291,14 @@ class _Fields:
 
 def _is_metadata(value: object) -> bool:
     return (
-        isinstance(value, dict)
-        and len(value) <= METADATA_MAX
-        and all(
-            len(key) <= METADATA_KEY_CHARACTERS_MAX
-            and isinstance(text, str)
-            and len(text) <= METADATA_VALUE_CHARACTERS_MAX
-            for key, text in value.items()
-        )
+        isinstance(value, dict) and len(value) <= METADATA_MAX and all(isinstance(text, str) for text in value.values())
+    )
+
+
+def _fits(metadata: dict[str, str]) -> bool:
+    return all(
+        len(key) <= METADATA_KEY_CHARACTERS_MAX and len(text) <= METADATA_VALUE_CHARACTERS_MAX
+        for key, text in metadata.items()
     )
 
 

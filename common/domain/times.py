@@ -6,11 +6,14 @@ from functools import lru_cache
 from typing import Final
 
 # Hour 24 is refused: Python reads it from 3.14 on.
-_TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{1,6})?(?:Z|[+-]\d\d:\d\d)", re.ASCII)
+_TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d{1,9})?(?:Z|[+-]\d\d:\d\d)", re.ASCII)
 
 
 def parse_time(text: str) -> datetime | None:
-    """A moment as RFC 3339 writes it, with an offset; None when it is none. Source: RFC 3339, section 5.6."""
+    """A moment as RFC 3339 writes it, with an offset, down to a microsecond; None when it is none.
+
+    Many write nanoseconds; what is below a microsecond is cut off. Source: RFC 3339, section 5.6.
+    """
     if not _TIME.fullmatch(text):
         return None
     try:
