@@ -16,7 +16,13 @@ from sqlalchemy.exc import ArgumentError
 from yarl import URL
 
 from common.domain.addresses import parse_callback_url
-from common.domain.schedule import LOOK_UP_DELAYS, PAYIN_LOOK_UP_DELAYS, SUBMIT_DELAYS, Patience
+from common.domain.schedule import (
+    LOOK_UP_DELAYS,
+    PAYIN_LOOK_UP_DELAYS,
+    SUBMIT_DELAYS,
+    SUBMITTED_SILENCE_SECONDS,
+    Patience,
+)
 from common.sealing import KEY_BYTES, Keyring
 from common.secrecy import (
     PASSWORD_CHARACTERS_MIN,
@@ -336,7 +342,7 @@ class Settings:
         "PAYOUTS_ACCEPT_WAIT_SECONDS_MAX",
         _decimal(0.1, 60),
         "5",
-        "how long a create may wait for its transaction, then 503",
+        "how long a create may wait for its transaction, then 503; with less than a second left it is accepted the slower way",
     )
     callback_private_addresses: bool = _setting(
         "PAYOUTS_CALLBACK_PRIVATE_ADDRESSES", _switch, "0", "1 lets callbacks reach private and loopback addresses"
@@ -387,6 +393,12 @@ class Settings:
         _delays,
         ",".join(map(str, LOOK_UP_DELAYS)),
         "between questions what became of a payout; the last one repeats for ever",
+    )
+    submitted_silence_seconds: float = _setting(
+        "PAYOUTS_SUBMITTED_SILENCE_SECONDS",
+        _decimal(60, 30 * 24 * 3600),
+        str(SUBMITTED_SILENCE_SECONDS),
+        "a payout that its rail has taken, and tells nothing of for longer, is in doubt (`verifying`)",
     )
     payin_look_up_delays_seconds: tuple[float, ...] = _setting(
         "PAYOUTS_PAYIN_LOOK_UP_DELAYS_SECONDS",
@@ -474,7 +486,7 @@ class Settings:
     @property
     def patience(self) -> Patience:
         """When rails are asked again."""
-        return Patience(self.submit_delays_seconds, self.look_up_delays_seconds)
+        return Patience(self.submit_delays_seconds, self.look_up_delays_seconds, self.submitted_silence_seconds)
 
     @property
     def keyring(self) -> Keyring:

@@ -38,7 +38,7 @@ _CREDITING: Final = "tests/integration/test_crediting.py"
 
 PLANTS: Final = (
     Plant(
-        "\"not found\" is believed while a call that was claimed may still begin",
+        '"not found" is believed while a call that was claimed may still begin',
         "worker/settlement.py",
         "denial_seconds=rail.denial_seconds and rail.denial_seconds + begin_seconds,",
         "denial_seconds=rail.denial_seconds,",

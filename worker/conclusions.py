@@ -119,6 +119,7 @@ def _conclude_submit(outcome: Outcome, call: Call) -> Conclusion:
 def _conclude_look_up(payout: LockedPayout, outcome: Outcome, call: Call) -> Conclusion:
     history = call.history
     delay_seconds = call.patience.look_up_delay(1 if history is None else history.look_ups + 1)
+    silent_seconds = 0.0 if history is None else history.taken_seconds_ago
     was_taken = payout.provider_reference is not None or (history is not None and history.was_taken)
     if outcome is Outcome.SUBMITTED:
         return Conclusion(State.SUBMITTED if payout.state is State.VERIFYING else None, delay_seconds)
@@ -128,6 +129,8 @@ def _conclude_look_up(payout: LockedPayout, outcome: Outcome, call: Call) -> Con
         if not was_taken:
             return Conclusion(State.QUEUED, 0.0)
         # It took the payout once and now denies it: nothing to send again on such a word.
+    elif payout.state is State.SUBMITTED and silent_seconds > call.patience.silence_seconds:
+        return Conclusion(State.VERIFYING, delay_seconds)
     return Conclusion(None, delay_seconds)
 
 

@@ -79,7 +79,7 @@ _CLAIM_DUE_IDS = text(
 _LAST_ATTEMPTS = text(
     """
     SELECT wanted.payout_id, a.attempt_no, a.reference, a.submits_refused, a.look_ups, a.was_taken,
-           a.open_no, a.was_declined, a.submitted_seconds_ago
+           a.open_no, a.was_declined, a.submitted_seconds_ago, a.taken_seconds_ago
       FROM unnest(CAST(:ids AS uuid[])) AS wanted (payout_id)
      CROSS JOIN LATERAL (
        SELECT max(attempt_no) AS attempt_no,
@@ -90,7 +90,9 @@ _LAST_ATTEMPTS = text(
               max(attempt_no) FILTER (WHERE finished_at IS NULL) AS open_no,
               coalesce(bool_or(outcome = 'declined'), false) AS was_declined,
               coalesce(extract(epoch FROM now() - max(started_at) FILTER (WHERE action IN ('submit', 'restore'))), 0)::float8
-                AS submitted_seconds_ago
+                AS submitted_seconds_ago,
+              coalesce(extract(epoch FROM now() - max(finished_at) FILTER (WHERE outcome = 'submitted')), 0)::float8
+                AS taken_seconds_ago
          FROM payout_attempts WHERE payout_id = wanted.payout_id) a
      WHERE a.attempt_no IS NOT NULL
     """
@@ -288,6 +290,7 @@ class History:
 
     `open_no`: the attempt that nobody has finished yet; words of the rail may have come since. `submitted_seconds_ago`: when
     the last submit began, by the database's clock; or when it was restored, for it has forgotten later ones.
+    `taken_seconds_ago`: when the rail last said that it had taken it.
     """
 
     attempt_no: int
@@ -298,6 +301,7 @@ class History:
     open_no: int | None = None
     was_declined: bool = False
     submitted_seconds_ago: float = 0.0
+    taken_seconds_ago: float = 0.0
 
 
 async def find_histories(tx: Tx, payout_ids: Collection[UUID]) -> dict[UUID, History]:
@@ -313,6 +317,7 @@ async def find_histories(tx: Tx, payout_ids: Collection[UUID]) -> dict[UUID, His
             row.open_no,
             row.was_declined,
             row.submitted_seconds_ago,
+            row.taken_seconds_ago,
         )
         for row in rows
     }

@@ -43,6 +43,9 @@ LOOK_UP_DELAYS: Final = (
     1 * _DAY,
 )
 
+# How long a rail may be silent about what it said it had taken, until that is in doubt and a matter for people.
+SUBMITTED_SILENCE_SECONDS: Final = 1 * _DAY
+
 # A payin that nobody told us of yet: sooner while its payer may still be at it, then daily. Events come by themselves.
 PAYIN_LOOK_UP_DELAYS: Final = (
     10,
@@ -77,10 +80,13 @@ def callback_delay(step: int, luck: float, retry_after_seconds: float = 0.0) -> 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """When a rail is asked again, in seconds: to pay what it did not accept, and what became of what it may have taken."""
+    """When a rail is asked again, in seconds: to pay what it did not accept, and what became of what it may have taken; and for
+    how long it may be silent about what it has taken.
+    """
 
     submit_delays: tuple[float, ...] = SUBMIT_DELAYS
     look_up_delays: tuple[float, ...] = LOOK_UP_DELAYS
+    silence_seconds: float = SUBMITTED_SILENCE_SECONDS
 
     def submit_delay(self, refusals: int) -> float | None:
         """Seconds until a payout is sent again after that many refusals (from 1), or None at the end of the schedule."""

@@ -7,13 +7,15 @@ import pytest
 from prometheus_client import REGISTRY
 
 from common.domain.ids import PAYOUT, render_id
+from tests.conftest import Server
 from tests.factories import execute
-from tests.flows import Desk, assert_sound
+from tests.flows import Desk, assert_sound, forge
 from tests.terminal import Terminal
 from worker.hearing import hear
 from worker.sweep import Sweeper
 
 SILENT = "01712300200"
+LATE = "01712300001"
 URL = "http://127.0.0.1:9/told"
 ALICE = ("--actor", "alice", "--evidence", "the bank's letter of Monday")
 BOB = ("--actor", "bob", "--evidence", "the bank's statement, line 7")
@@ -55,6 +57,31 @@ async def test_what_two_operators_say_ends_the_payout_like_a_rails_word(
     await assert_sound(floor.owner)
     story = await terminal.run("payout", "show", "PAY-1")
     story.assert_shown("alice", "bob", "the bank's letter of Monday", "the bank's statement, line 7")
+
+
+async def test_what_a_rail_has_taken_and_is_silent_about_comes_to_the_operators_too(
+    terminal: Terminal, floor: Desk, server: Server
+) -> None:
+    payout_id = await floor.create(await floor.merchant(), recipient=LATE, external_id="PAY-1")
+    await floor.settle()
+    assert await floor.state(payout_id) == "submitted"
+    await execute(floor.owner, "UPDATE sandbox.payments SET state = 'absent', authoritative = false")
+    await floor.make_due()
+    await floor.settle()
+    assert await floor.state(payout_id) == "submitted", "it may be silent for a while"
+    (await terminal.run("payout", "resolve", "PAY-1", "--success", *ALICE)).assert_refused("submitted")
+
+    await forge(server, floor.url, "UPDATE payout_attempts SET finished_at = finished_at - interval '25 hours'")
+    await floor.make_due()
+    await floor.settle()
+    assert await floor.state(payout_id) == "verifying"
+    (await terminal.run("payout", "waiting")).assert_shown("PAY-1")
+
+    (await terminal.run("payout", "resolve", "PAY-1", "--success", *ALICE)).assert_shown("waits")
+    (await terminal.run("payout", "resolve", "PAY-1", "--success", *BOB)).assert_shown("confirmed")
+    await hear(floor.worker)
+    assert await floor.state(payout_id) == "success"
+    await assert_sound(floor.owner)
 
 
 async def test_one_operator_is_not_two(terminal: Terminal, floor: Desk, doubtful: UUID) -> None:

@@ -21,7 +21,7 @@ from common.db.payouts import LockedPayout
 from common.db.rail_events import NewRailEvent, append_rail_events, find_rail_events_due
 from common.db.tables import metadata
 from common.domain.payout import STAGES, State
-from common.domain.schedule import LOOK_UP_DELAYS, SUBMIT_DELAYS
+from common.domain.schedule import LOOK_UP_DELAYS, SUBMIT_DELAYS, SUBMITTED_SILENCE_SECONDS
 from common.errors import NotCancelable
 from common.moving import Conclusion
 from common.recipients import Recipient
@@ -426,6 +426,23 @@ def test_look_ups_never_end_by_themselves(look_ups: int) -> None:
     history = History(look_ups + 1, "reference", submits_refused=0, look_ups=look_ups)
     delay = LOOK_UP_DELAYS[min(look_ups + 1, len(LOOK_UP_DELAYS) - 1)]
     assert conclude(payout, _ended(payout, LOOK_UP, Outcome.UNKNOWN, history), held=True) == _stay(delay)
+
+
+@pytest.mark.parametrize(
+    ("silent_seconds", "expected"),
+    [
+        (SUBMITTED_SILENCE_SECONDS - 1, _stay(_AGAIN)),
+        (SUBMITTED_SILENCE_SECONDS + 1, Conclusion(State.VERIFYING, _AGAIN)),
+    ],
+)
+def test_what_a_rail_has_taken_and_cannot_tell_of_for_a_day_is_in_doubt(
+    silent_seconds: float, expected: Conclusion
+) -> None:
+    payout = _locked(State.SUBMITTED, "bank-1")
+    history = History(2, "reference", submits_refused=0, look_ups=0, was_taken=True, taken_seconds_ago=silent_seconds)
+    assert conclude(payout, _ended(payout, LOOK_UP, Outcome.UNKNOWN, history), held=True) == expected
+    again = conclude(payout, _ended(payout, LOOK_UP, Outcome.SUBMITTED, history), held=True)
+    assert again == _stay(_AGAIN), "it has told of it just now"
 
 
 def test_a_decline_without_a_reason_has_one_all_the_same() -> None:
