@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
 
-from common.db.due import History
+from common.db.due import NOT_MADE, History
 from common.db.payouts import LockedPayout
 from common.domain.ids import PAYOUT, render_id
 from common.domain.payout import FAILURES, State
@@ -22,6 +22,9 @@ PROVIDER_REFERENCE_CHARACTERS_MAX: Final = 200
 DETAIL_CHARACTERS_MAX: Final = 200
 # Longer than any there is.
 CURRENCY_CHARACTERS_MAX: Final = 16
+
+# Until a call is tried again that was not made by our fault, when we may have recovered.
+_OURS_AGAIN_SECONDS: Final = 60.0
 
 SUBMIT: Final = "submit"
 LOOK_UP: Final = "look_up"
@@ -73,7 +76,7 @@ def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | 
         get_logger().warning(LogEvent.PAYOUT_LEASE_LOST, payout_id=render_id(PAYOUT, payout.id), outcome=outcome)
         return None
     if ended.call.action == SUBMIT:
-        return _conclude_submit(outcome, ended.call)
+        return _conclude_submit(ended.answer, ended.call)
     if (
         outcome is Outcome.NOT_FOUND
         and history is not None
@@ -102,12 +105,14 @@ def _conclude_queued(outcome: Outcome, patience: Patience) -> Conclusion | None:
     return None
 
 
-def _conclude_submit(outcome: Outcome, call: Call) -> Conclusion:
+def _conclude_submit(answer: Answer, call: Call) -> Conclusion:
     # Before its lag is over, the rail may not know of what it has taken.
     until_look_up = max(call.patience.look_up_delay(0), call.lag_seconds)
-    if outcome is Outcome.SUBMITTED:
+    if answer.outcome is Outcome.SUBMITTED:
         return Conclusion(State.SUBMITTED, until_look_up)
-    if outcome is Outcome.NOT_ACCEPTED:
+    if answer.outcome is Outcome.NOT_ACCEPTED and answer.detail in NOT_MADE:
+        return Conclusion(State.QUEUED, _OURS_AGAIN_SECONDS)
+    if answer.outcome is Outcome.NOT_ACCEPTED:
         refusals_before = 0 if call.history is None else call.history.submits_refused
         delay_seconds = call.patience.submit_delay(refusals_before + 1)
         if delay_seconds is None:

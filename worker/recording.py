@@ -46,8 +46,8 @@ async def record(
 ) -> set[UUID]:
     """Write down what the rails said, and what follows; at once what nothing speaks against, then the rest.
 
-    `note` hears of both as soon as they are committed; what a statement has ended whose answer was lost, nobody hears of, and the
-    scan tells of its callbacks. Returns: the payouts that were left because their account is busy.
+    `note` hears of both as soon as they are committed, but not of what ended by a statement whose answer was lost: the scan
+    finds its callbacks. Returns: the payouts that were left because their account is busy.
     Locks, repeat: as `record_answers`. Raises: as `in_transaction`; what was noted before is recorded.
     """
     endings = find_endings(ended)

@@ -19,7 +19,7 @@ from prometheus_client import Histogram
 from common import tracing
 from common.batching import Batcher
 from common.db.callbacks import Event
-from common.db.due import Claim, Claimed, find_rails_gone
+from common.db.due import DOES_NOT_OPEN, TOO_LATE, Claim, Claimed, find_rails_gone
 from common.db.engine import Engine, in_transaction
 from common.deadlines import TimeLimit
 from common.domain.ids import PAYOUT, made_at, render_id
@@ -287,10 +287,10 @@ class Settler:
                 )
             except SealBroken as error:
                 get_logger().error(LogEvent.SECRET_UNSEALABLE, payout_id=render_id(PAYOUT, payout.id), error=str(error))
-                return Answer(Outcome.NOT_ACCEPTED, detail="recipient does not open")
+                return Answer(Outcome.NOT_ACCEPTED, detail=DOES_NOT_OPEN)
             order = PaymentOrder(call.reference, payout.amount_minor, payout.currency, recipient, asked_at=time())
         if monotonic() > call.start_until:
-            return Answer(Outcome.NOT_ACCEPTED if order else Outcome.UNKNOWN, detail="lease ran out before the call")
+            return Answer(Outcome.NOT_ACCEPTED if order else Outcome.UNKNOWN, detail=TOO_LATE)
         try:
             return await self._limit.keep(rail.look_up(call.reference) if order is None else rail.submit(order))
         except TimeoutError:

@@ -84,7 +84,8 @@ _LAST_ATTEMPTS = text(
      CROSS JOIN LATERAL (
        SELECT max(attempt_no) AS attempt_no,
               min(reference) AS reference,
-              count(*) FILTER (WHERE outcome = 'not_accepted') AS submits_refused,
+              count(*) FILTER (WHERE outcome = 'not_accepted' AND coalesce(detail, '') <> ALL (CAST(:not_made AS text[])))
+                AS submits_refused,
               count(*) FILTER (WHERE action = 'look_up') AS look_ups,
               coalesce(bool_or(outcome = 'submitted'), false) AS was_taken,
               max(attempt_no) FILTER (WHERE finished_at IS NULL) AS open_no,
@@ -284,9 +285,16 @@ _RAILS_GONE = text(
 )
 
 
+# Why a call was not made, which no rail can be blamed for: such an attempt is no refusal.
+DOES_NOT_OPEN: Final = "recipient does not open"
+TOO_LATE: Final = "lease ran out before the call"
+NOT_MADE: Final = (DOES_NOT_OPEN, TOO_LATE)
+
+
 @dataclass(frozen=True, slots=True)
 class History:
-    """What was tried for a payout so far. `was_taken`, `was_declined`: the rail said once that it had taken, or declined it.
+    """What was tried for a payout so far. `submits_refused`: by the rail, so without those that were not even made.
+    `was_taken`, `was_declined`: the rail said once that it had taken, or declined it.
 
     `open_no`: the attempt that nobody has finished yet; words of the rail may have come since. `submitted_seconds_ago`: when
     the last submit began, by the database's clock; or when it was restored, for it has forgotten later ones.
@@ -306,7 +314,7 @@ class History:
 
 async def find_histories(tx: Tx, payout_ids: Collection[UUID]) -> dict[UUID, History]:
     """The attempts of payouts in a nutshell; payouts never tried are left out."""
-    rows = await tx.execute(_LAST_ATTEMPTS, {"ids": list(payout_ids)})
+    rows = await tx.execute(_LAST_ATTEMPTS, {"ids": list(payout_ids), "not_made": list(NOT_MADE)})
     return {
         row.payout_id: History(
             row.attempt_no,

@@ -420,6 +420,21 @@ def test_refusals_count_towards_the_end_of_the_schedule(refused: int) -> None:
         assert concluded == Conclusion(State.FAILED, None, "provider_unavailable")
 
 
+async def test_a_recipient_that_we_cannot_open_is_no_refusal_of_the_rail_however_often_it_is_tried(
+    floor: Desk,
+) -> None:
+    payout_id = await floor.create(await floor.merchant())
+    another = floor.settler(master_keys=dict.fromkeys(floor.settings.master_keys, bytes(32)))
+    for _ in range(len(SUBMIT_DELAYS) + 2):
+        await floor.settle(another)
+        assert await floor.state(payout_id) == "queued"
+        assert (await floor.one("SELECT due_at > now() + interval '30 seconds' AS later FROM payout_due")).later
+        await floor.make_due()
+    await floor.settle()
+    assert await floor.state(payout_id) == "success"
+    await assert_sound(floor.owner)
+
+
 @pytest.mark.parametrize("look_ups", [0, 1, 5, 9, 10, 1000])
 def test_look_ups_never_end_by_themselves(look_ups: int) -> None:
     payout = _locked(State.VERIFYING, None)
