@@ -26,6 +26,7 @@ from cryptography.x509.oid import NameOID
 
 from common.deadlines import TimeLimit
 from tests.receivers import OK, Peer, answers, answers_once, head, receiver, says_nothing
+from tests.stack import eventually
 from worker.callbacks import send as sending
 from worker.callbacks.guard import AddressBlocked, Resolver, socket_factory
 from worker.callbacks.send import EXCERPT_BYTES_MAX, Attempt, open_session, render_headers, send_callback
@@ -176,6 +177,35 @@ async def test_a_few_interim_answers_change_nothing_on_a_connection_that_is_used
     async with receiver(answers(head("102 Processing") * 10 + OK)) as merchant:
         attempts = [await send(session, merchant.url) for _ in range(3)]
     assert [(attempt.http_status, attempt.reused) for attempt in attempts] == [(200, False), (200, True), (200, True)]
+
+
+@pytest.mark.parametrize("stray", [OK, head("410 Gone", "Content-Length: 0"), b"x"], ids=["200", "410", "no HTTP"])
+async def test_what_a_receiver_says_unasked_is_not_taken_for_the_answer_to_the_next_attempt(
+    session: aiohttp.ClientSession, stray: bytes
+) -> None:
+    asked = asyncio.Event()
+
+    async def speak_twice(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(OK)
+        if peer.number == 1:
+            await asked.wait()
+            await peer.send(stray)
+        await peer.hung_up()
+
+    async def read() -> bool:
+        assert session.connector is not None
+        idle = [protocol for connections in session.connector._conns.values() for protocol, _ in connections]
+        return all(protocol.should_close for protocol in idle)
+
+    async with receiver(speak_twice) as merchant:
+        await send(session, merchant.url)
+        assert not await read()
+        asked.set()
+        await eventually(read, "what was said unasked has been read")
+        second = await send(session, merchant.url)
+        assert (second.http_status, second.error, second.reused) == (200, None, False)
+        assert len(merchant.requests) == 2
 
 
 async def test_the_deadline_ends_an_attempt_whose_server_never_speaks_tls(session: aiohttp.ClientSession) -> None:

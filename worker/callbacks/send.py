@@ -210,14 +210,16 @@ class _Connector(aiohttp.TCPConnector):
         traces: list[Trace],
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 aiohttp's signature
     ) -> Connection:
-        """A connection from the pool or a new one; with `fresh_only`, idle ones to the same host are closed on the way."""
+        """A connection from the pool or a new one. Idle ones to the same host are closed on the way with `fresh_only`, and those
+        on which the receiver has spoken unasked: that would be taken for the answer to this attempt.
+        """
         wire = _wire.get()
         wire.asked_at, wire.dialed_at, wire.connected_at = self._clock(), 0.0, 0.0
         while True:
             connection = await super().connect(req, traces, timeout)
             assert connection.protocol is not None
             wire.reused = connection.protocol in self._connections_used
-            if not (wire.reused and wire.fresh_only):
+            if not (wire.reused and (wire.fresh_only or connection.protocol.should_close)):
                 break
             connection.close()
         self._connections_used.add(connection.protocol)
