@@ -25,7 +25,7 @@ from tests.conftest import Server
 from tests.factories import Merchant, add_funded_merchant, execute, fetch, new_payin, order, settings
 from worker.claiming import claim_calls
 from worker.collecting import Collector
-from worker.conclusions import Call, Ended
+from worker.conclusions import Call, Ended, Terms
 from worker.rails import Rail, Rails
 from worker.rails.sandbox import SandboxRail
 from worker.recording import record
@@ -109,8 +109,7 @@ class Desk:
             claim=Claim(rail, uuid4(), lease_seconds=60.0, claim_max=128, shop_max=128, shops_max=128),
             after_shop=UUID(int=0),
             busy=Counter(),
-            lag_seconds=lag_seconds,
-            start_until=start_until,
+            terms=Terms(start_until, lag_seconds),
         )
         _, calls = await in_transaction(self.worker, work, attempts_max=1)
         return calls

@@ -132,7 +132,7 @@ PLANTS: Final = (
     Plant(
         "the lease is not checked before the call",
         "worker/settlement.py",
-        "if monotonic() > call.start_until:",
+        "if monotonic() > call.terms.start_until:",
         "if False:",
         (_SETTLEMENT,),
     ),

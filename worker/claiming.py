@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 from uuid import UUID
 
@@ -14,6 +15,7 @@ from common.db.due import (
     append_attempts,
     claim_due,
     claim_due_ids,
+    find_claimed,
     find_histories,
     finish_attempts,
     reschedule_due,
@@ -22,9 +24,8 @@ from common.db.engine import Tx
 from common.db.payouts import LockedPayout, Move, lock_payouts, save_moves
 from common.domain.ids import PAYOUT, payout_reference, render_id
 from common.domain.payout import State
-from common.domain.schedule import USUAL_PATIENCE, Patience
 from common.log import LogEvent, get_logger
-from worker.conclusions import LOOK_UP, SUBMIT, Call
+from worker.conclusions import LOOK_UP, SUBMIT, Call, Terms
 from worker.rails import Outcome
 
 # How long a payout that has expired is left to the sweep.
@@ -37,12 +38,9 @@ async def claim_calls(
     tx: Tx,
     *,
     claim: Claim,
+    terms: Terms,
     after_shop: UUID,
     busy: Counter[UUID],
-    lag_seconds: float,
-    start_until: float,
-    denial_seconds: float = 0.0,
-    patience: Patience = USUAL_PATIENCE,
     payout_ids: Sequence[UUID] | None = None,
 ) -> tuple[Claimed, list[Call]]:
     """Take due payouts, of those named or shop by shop, and write down the calls that will be made for them, beforehand.
@@ -96,10 +94,7 @@ async def claim_calls(
                 reference=_reference_of(payout, history),
                 history=history,
                 token=claim.token,
-                start_until=start_until,
-                lag_seconds=lag_seconds,
-                denial_seconds=denial_seconds,
-                patience=patience,
+                terms=terms,
             )
         )
     await save_moves(tx, moves)
@@ -108,12 +103,42 @@ async def claim_calls(
         [NewAttempt(c.payout.id, c.payout.shop_id, c.attempt_no, c.action, claim.rail, c.reference) for c in calls],
     )
     abandoned = [move.payout.id for move in moves if move.state is State.VERIFYING]
-    until_look_up = max(patience.look_up_delay(0), lag_seconds)
+    until_look_up = max(terms.patience.look_up_delay(0), terms.lag_seconds)
     await reschedule_due(tx, dict.fromkeys(abandoned, until_look_up), verifying=abandoned)
     await reschedule_due(tx, put_off)
     for payout_id in abandoned:
         get_logger().warning(LogEvent.PAYOUT_LEASE_EXPIRED, payout_id=render_id(PAYOUT, payout_id))
     return claimed, calls
+
+
+async def find_calls(tx: Tx, *, claim: Claim, terms: Terms) -> list[Call]:
+    """The calls of a claim whose COMMIT nobody heard the answer of, as it would have returned them; none, if it did not happen.
+
+    Only for who made none of them yet. Locks: due rows, then payouts.
+    """
+    claimed = await find_claimed(tx, claim)
+    if not claimed:
+        return []
+    histories = await find_histories(tx, claimed)
+    calls: list[Call] = []
+    for payout in await lock_payouts(tx, claimed, to_send=True):
+        history = histories[payout.id]
+        assert history.open_no is not None, "a claim that leaves a lease leaves an attempt"
+        is_submit = payout.state is State.SENDING
+        calls.append(
+            Call(
+                # As it was when it was claimed: a claim to submit has moved it.
+                payout=replace(payout, state=State.QUEUED, version=payout.version - 1) if is_submit else payout,
+                rail=claim.rail,
+                action=SUBMIT if is_submit else LOOK_UP,
+                attempt_no=history.open_no,
+                reference=history.reference,
+                history=replace(history, open_no=None, look_ups=history.look_ups - (not is_submit)),
+                token=claim.token,
+                terms=terms,
+            )
+        )
+    return calls
 
 
 def _reference_of(payout: LockedPayout, history: History | None) -> str:

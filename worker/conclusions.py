@@ -10,7 +10,9 @@ from uuid import UUID
 
 from common.db.due import NOT_MADE, History
 from common.db.payouts import LockedPayout
+from common.db.rail_events import RailEvent
 from common.domain.ids import PAYOUT, render_id
+from common.domain.money import AMOUNT_MINOR_MAX
 from common.domain.payout import FAILURES, State
 from common.domain.schedule import USUAL_PATIENCE, Patience
 from common.log import LogEvent, get_logger
@@ -31,11 +33,21 @@ LOOK_UP: Final = "look_up"
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One call to a rail that a claim has committed to. `start_until` is monotonic: later it must not begin.
+class Terms:
+    """What holds for all calls of a claim. `start_until` is monotonic: later none must begin.
 
     `lag_seconds`: as the rail has it. `denial_seconds`: for how long after a claim to submit "not found" is no proof.
     """
+
+    start_until: float
+    lag_seconds: float = 0.0
+    denial_seconds: float = 0.0
+    patience: Patience = USUAL_PATIENCE
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call to a rail that a claim has committed to."""
 
     payout: LockedPayout
     rail: str
@@ -44,10 +56,7 @@ class Call:
     reference: str
     history: History | None
     token: UUID
-    start_until: float
-    lag_seconds: float = 0.0
-    denial_seconds: float = 0.0
-    patience: Patience = USUAL_PATIENCE
+    terms: Terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +77,7 @@ def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | 
     if payout.state.is_final:
         return None
     if payout.state is State.QUEUED:
-        return _conclude_queued(outcome, ended.call.patience)
+        return _conclude_queued(outcome, ended.call.terms.patience)
     last = final_word(ended.answer)
     if last is not None and (held or outcome is Outcome.PAID):
         return last
@@ -80,7 +89,7 @@ def conclude(payout: LockedPayout, ended: Ended, *, held: bool) -> Conclusion | 
     if (
         outcome is Outcome.NOT_FOUND
         and history is not None
-        and history.submitted_seconds_ago < ended.call.denial_seconds
+        and history.submitted_seconds_ago < ended.call.terms.denial_seconds
     ):
         # A request of ours may still be on its way to the rail.
         outcome = Outcome.UNKNOWN
@@ -107,14 +116,14 @@ def _conclude_queued(outcome: Outcome, patience: Patience) -> Conclusion | None:
 
 def _conclude_submit(answer: Answer, call: Call) -> Conclusion:
     # Before its lag is over, the rail may not know of what it has taken.
-    until_look_up = max(call.patience.look_up_delay(0), call.lag_seconds)
+    until_look_up = max(call.terms.patience.look_up_delay(0), call.terms.lag_seconds)
     if answer.outcome is Outcome.SUBMITTED:
         return Conclusion(State.SUBMITTED, until_look_up)
     if answer.outcome is Outcome.NOT_ACCEPTED and answer.detail in NOT_MADE:
         return Conclusion(State.QUEUED, _OURS_AGAIN_SECONDS)
     if answer.outcome is Outcome.NOT_ACCEPTED:
         refusals_before = 0 if call.history is None else call.history.submits_refused
-        delay_seconds = call.patience.submit_delay(refusals_before + 1)
+        delay_seconds = call.terms.patience.submit_delay(refusals_before + 1)
         if delay_seconds is None:
             return Conclusion(State.FAILED, None, "provider_unavailable")
         return Conclusion(State.QUEUED, delay_seconds)
@@ -123,7 +132,7 @@ def _conclude_submit(answer: Answer, call: Call) -> Conclusion:
 
 def _conclude_look_up(payout: LockedPayout, outcome: Outcome, call: Call) -> Conclusion:
     history = call.history
-    delay_seconds = call.patience.look_up_delay(1 if history is None else history.look_ups + 1)
+    delay_seconds = call.terms.patience.look_up_delay(1 if history is None else history.look_ups + 1)
     silent_seconds = 0.0 if history is None else history.taken_seconds_ago
     was_taken = payout.provider_reference is not None or (history is not None and history.was_taken)
     if outcome is Outcome.SUBMITTED:
@@ -134,7 +143,7 @@ def _conclude_look_up(payout: LockedPayout, outcome: Outcome, call: Call) -> Con
         if not was_taken:
             return Conclusion(State.QUEUED, 0.0)
         # It took the payout once and now denies it: nothing to send again on such a word.
-    elif payout.state is State.SUBMITTED and silent_seconds > call.patience.silence_seconds:
+    elif payout.state is State.SUBMITTED and silent_seconds > call.terms.patience.silence_seconds:
         return Conclusion(State.VERIFYING, delay_seconds)
     return Conclusion(None, delay_seconds)
 
@@ -158,11 +167,15 @@ def contradicts(state: State, outcome: Outcome, *, was_declined: bool) -> bool:
     return outcome not in _KNOWN[state] and not (was_declined and outcome is Outcome.SUBMITTED)
 
 
-def names_another_sum(ended: Ended) -> bool:
-    """Whether an answer is about another amount or currency than was asked for."""
-    payout, answer = ended.call.payout, ended.answer
-    named = (answer.amount_minor or payout.amount_minor, answer.currency or payout.currency)
-    return named != (payout.amount_minor, payout.currency)
+def names_another_sum(payout: LockedPayout, word: Answer | RailEvent) -> bool:
+    """Whether a rail speaks of another amount or currency than it was asked for. What it does not name is not another."""
+    return word.amount_minor not in (None, payout.amount_minor) or word.currency not in (None, payout.currency)
+
+
+def describe_sum(word: Answer | RailEvent) -> str:
+    """What it speaks of, for people; whatever it made up fits a discrepancy."""
+    named = "" if word.amount_minor is None else word.amount_minor
+    return _storable(f"{named} {word.currency or ''}".strip(), DETAIL_CHARACTERS_MAX) or ""
 
 
 def sane(answer: Answer, call: Call) -> Answer:
@@ -171,19 +184,23 @@ def sane(answer: Answer, call: Call) -> Answer:
     """
     code = answer.failure_code
     beside = {Outcome.RETURNED, Outcome.NOT_FOUND if call.action == SUBMIT else Outcome.NOT_ACCEPTED}
-    unusable = answer.outcome in beside or names_another_sum(Ended(call, answer))
+    unusable = answer.outcome in beside or names_another_sum(call.payout, answer)
+    # What was not taken has no reference there, and shall not look as if it had been taken.
+    reference = None if answer.outcome is Outcome.NOT_ACCEPTED else answer.provider_reference
     return Answer(
         Outcome.UNKNOWN if unusable else answer.outcome,
         failure_code=code if code is None or code in FAILURES else "other",
-        provider_reference=_storable(answer.provider_reference, PROVIDER_REFERENCE_CHARACTERS_MAX),
+        provider_reference=_storable(reference, PROVIDER_REFERENCE_CHARACTERS_MAX),
         detail=_storable(answer.detail, DETAIL_CHARACTERS_MAX),
     )
 
 
 def storable(answer: Answer) -> Answer:
-    """The same answer with texts that fit their columns."""
+    """The same answer about a payin, as it fits its columns. A sum that no ledger holds is none."""
+    amount_minor = answer.amount_minor
     return replace(
         answer,
+        amount_minor=amount_minor if amount_minor and 0 < amount_minor <= AMOUNT_MINOR_MAX else None,
         provider_reference=_storable(answer.provider_reference, PROVIDER_REFERENCE_CHARACTERS_MAX),
         detail=_storable(answer.detail, DETAIL_CHARACTERS_MAX),
         currency=_storable(answer.currency, CURRENCY_CHARACTERS_MAX),

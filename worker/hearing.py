@@ -32,7 +32,7 @@ from common.domain.schedule import USUAL_PATIENCE, Patience
 from common.errors import Transient
 from common.log import LogEvent, get_logger
 from common.moving import Conclusion, carry_out
-from worker.conclusions import contradicts
+from worker.conclusions import contradicts, describe_sum, names_another_sum
 from worker.crediting import apply_payin_words
 from worker.rails import Outcome
 
@@ -262,12 +262,8 @@ def _judge(
     outcome = Outcome(event.outcome)
     if payout is None:
         return _discrepancy(payout, event, "reference")
-    if (event.amount_minor or payout.amount_minor, event.currency or payout.currency) != (
-        payout.amount_minor,
-        payout.currency,
-    ):
-        named = f"{event.amount_minor or ''} {event.currency or ''}".strip()
-        return _discrepancy(payout, event, "amount", named)
+    if names_another_sum(payout, event):
+        return _discrepancy(payout, event, "amount", describe_sum(event))
     if event.rail == OPERATORS and not payout.state.is_final and payout.state is not State.VERIFYING:
         # The rail has said something since they looked.
         return _discrepancy(payout, event, "status")

@@ -21,7 +21,7 @@ from common.db.rails import has_rail
 from common.domain.ids import new_id
 from common.domain.payout import State
 from common.moving import Conclusion, carry_out, event_of
-from worker.conclusions import SUBMIT, Ended, conclude, contradicts, final_word, names_another_sum, sane
+from worker.conclusions import SUBMIT, Ended, conclude, contradicts, describe_sum, final_word, names_another_sum, sane
 from worker.rails import Outcome
 
 
@@ -99,7 +99,7 @@ async def record_answers(tx: Tx, ended: Sequence[Ended], *, wait_seconds: float)
     account somebody else holds are left as they are.
     Repeat: an answer that is recorded already finds its payout moved on and its lease gone, and changes nothing.
     """
-    foreign = [item for item in ended if names_another_sum(item)]
+    foreign = [item for item in ended if names_another_sum(item.call.payout, item.answer)]
     ended = [Ended(item.call, sane(item.answer, item.call)) for item in ended]
     ids = {item.call.payout.id for item in ended}
     tokens = await lock_due(tx, ids)
@@ -155,7 +155,7 @@ def _discrepancy(payout: LockedPayout, item: Ended, kind: str) -> NewDiscrepancy
         state=payout.state,
         word=answer.outcome,
         kind=kind,
-        detail=f"{answer.amount_minor or ''} {answer.currency or ''}".strip() if kind == "amount" else "",
+        detail=describe_sum(answer) if kind == "amount" else "",
     )
 
 

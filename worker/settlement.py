@@ -20,7 +20,7 @@ from common import tracing
 from common.batching import Batcher
 from common.db.callbacks import Event
 from common.db.due import DOES_NOT_OPEN, TOO_LATE, Claim, Claimed, find_rails_gone
-from common.db.engine import Engine, in_transaction
+from common.db.engine import Engine, Tx, in_transaction
 from common.deadlines import TimeLimit
 from common.domain.ids import PAYOUT, made_at, render_id
 from common.errors import AccountBusy, PayoutsError, Transient
@@ -31,8 +31,8 @@ from common.recipients import open_recipient
 from common.sealing import Keyring, SealBroken
 from common.settings import Settings
 from common.tracing import Attributes, Kind
-from worker.claiming import claim_calls
-from worker.conclusions import SUBMIT, Call, Ended
+from worker.claiming import claim_calls, find_calls
+from worker.conclusions import SUBMIT, Call, Ended, Terms
 from worker.hearing import hear, note_discrepancies
 from worker.rails import Answer, Outcome, PaymentOrder, Rail, Rails
 from worker.recording import Recorded, fail_without_route, record
@@ -102,6 +102,8 @@ class Settler:
         self._limit = TimeLimit(settings.rail_timeout_seconds)
         self._calls: set[asyncio.Task[None]] = set()
         self._calls_by_shop: defaultdict[str, Counter[UUID]] = defaultdict(Counter)
+        # Claims whose COMMIT nobody heard the answer of: how to find their calls, by rail.
+        self._unheard: defaultdict[str, list[Callable[[Tx], Awaitable[list[Call]]]]] = defaultdict(list)
         self._next_shop: defaultdict[str, UUID] = defaultdict(lambda: _FIRST_SHOP)
         self._records: Batcher[Ended, bool] = Batcher(self._record_in_turn, batch_max=_RECORD_BATCH_MAX)
         # Of shops that are behind; gone when nobody waits on them.
@@ -208,11 +210,12 @@ class Settler:
         `received`: the context of the messages that told of them.
         """
         async with self._claiming[name]:
+            for unheard in list(self._unheard[name]):
+                self._start(name, rail, await in_transaction(self._engine, unheard), received)
+                self._unheard[name].remove(unheard)
             settings, room = self._settings, self._room(name, rail)
             if room <= 0:
                 return None
-            # So long after its claim a call may still begin.
-            begin_seconds = settings.settle_lease_seconds - settings.rail_timeout_seconds
             claim = Claim(
                 rail=name,
                 token=uuid4(),
@@ -222,20 +225,39 @@ class Settler:
                 shops_max=_SHOPS_MAX,
                 overdue_seconds=overdue_seconds,
             )
-            work = partial(
-                claim_calls,
-                claim=claim,
-                after_shop=after_shop,
-                busy=self._calls_by_shop[name],
-                lag_seconds=rail.lag_seconds,
-                denial_seconds=rail.denial_seconds and rail.denial_seconds + begin_seconds,
-                patience=settings.patience,
-                start_until=monotonic() + begin_seconds,
-                payout_ids=payout_ids,
-            )
-            claimed, calls = await in_transaction(self._engine, work)
+            terms = self._terms(rail)
+            find = partial(find_calls, claim=claim, terms=terms)
+            tries = 0
+
+            async def work(tx: Tx) -> tuple[Claimed, list[Call]]:
+                nonlocal tries
+                tries += 1
+                if tries > 1 and (calls := await find(tx)):
+                    return Claimed({call.payout.id: call.payout.shop_id for call in calls}, None), calls
+                busy = self._calls_by_shop[name]
+                return await claim_calls(
+                    tx, claim=claim, terms=terms, after_shop=after_shop, busy=busy, payout_ids=payout_ids
+                )
+
+            try:
+                claimed, calls = await in_transaction(self._engine, work)
+            except Transient:
+                self._unheard[name].append(find)
+                raise
             self._start(name, rail, calls, received)
             return claimed
+
+    def _terms(self, rail: Rail) -> Terms:
+        """Of a claim that is made now."""
+        settings = self._settings
+        # So long after its claim a call may still begin.
+        begin_seconds = settings.settle_lease_seconds - settings.rail_timeout_seconds
+        return Terms(
+            start_until=monotonic() + begin_seconds,
+            lag_seconds=rail.lag_seconds,
+            denial_seconds=rail.denial_seconds and rail.denial_seconds + begin_seconds,
+            patience=settings.patience,
+        )
 
     def _start(self, name: str, rail: Rail, calls: Iterable[Call], received: str | None = None) -> None:
         for call in calls:
@@ -289,7 +311,7 @@ class Settler:
                 get_logger().error(LogEvent.SECRET_UNSEALABLE, payout_id=render_id(PAYOUT, payout.id), error=str(error))
                 return Answer(Outcome.NOT_ACCEPTED, detail=DOES_NOT_OPEN)
             order = PaymentOrder(call.reference, payout.amount_minor, payout.currency, recipient, asked_at=time())
-        if monotonic() > call.start_until:
+        if monotonic() > call.terms.start_until:
             return Answer(Outcome.NOT_ACCEPTED if order else Outcome.UNKNOWN, detail=TOO_LATE)
         try:
             return await self._limit.keep(rail.look_up(call.reference) if order is None else rail.submit(order))
@@ -305,7 +327,7 @@ class Settler:
         A shop whose account somebody else holds keeps no other waiting: it goes on by itself, in short turns.
         """
         batcher = self._records
-        until = ended.call.start_until + self._settings.rail_timeout_seconds
+        until = ended.call.terms.start_until + self._settings.rail_timeout_seconds
         while True:
             try:
                 if await batcher.submit(ended):

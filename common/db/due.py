@@ -76,6 +76,13 @@ _CLAIM_DUE_IDS = text(
     """
 )
 
+_FIND_CLAIMED = text(
+    """
+    SELECT payout_id, shop_id FROM payout_due WHERE rail = :rail AND lease_token = CAST(:token AS uuid)
+     ORDER BY payout_id FOR UPDATE
+    """
+)
+
 _LAST_ATTEMPTS = text(
     """
     SELECT wanted.payout_id, a.attempt_no, a.reference, a.submits_refused, a.look_ups, a.was_taken,
@@ -283,6 +290,12 @@ _RAILS_GONE = text(
     SELECT rail FROM named WHERE NOT EXISTS (SELECT 1 FROM rails r WHERE r.name = named.rail)
     """
 )
+
+
+async def find_claimed(tx: Tx, claim: Claim) -> dict[UUID, UUID]:
+    """What a claim took whose COMMIT nobody heard the answer of: shop ids by payout id. Locks: the due rows, in id order."""
+    rows = await tx.execute(_FIND_CLAIMED, {"rail": claim.rail, "token": claim.token})
+    return {row.payout_id: row.shop_id for row in rows}
 
 
 # Why a call was not made, which no rail can be blamed for: such an attempt is no refusal.

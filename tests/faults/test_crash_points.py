@@ -305,10 +305,25 @@ async def test_a_settlement_whose_connection_breaks_at_commit_pays_once(
         network.fail_commits(fault, of=point)
         await start_behind(on, network, "settle")
         await until_failed(network)
-        if (point, fault) == (CLAIM, CommitFault.LOSE_ANSWER):
-            # What it claimed it does not know of: the lease has to pass.
-            await on.expire_leases()
         await on.until("success")
+        assert (await on.row()).attempts == ["submit paid"], "what it had claimed it found again, and called once"
+        await on.assert_settled_once()
+
+
+async def test_a_claim_to_settle_of_which_nobody_heard_is_called_as_soon_as_the_database_is_back(
+    owner: Engine, config: Settings, superuser: Superuser
+) -> None:
+    """Not looked up when its lease is over: a bank that cannot tell would leave it in doubt for ever."""
+    patient = {"PAYOUTS_RAIL_TIMEOUT_SECONDS": "10", "PAYOUTS_SETTLE_LEASE_SECONDS": "60"}
+    async with scene(owner, config, superuser, **patient) as on, proxy(config.database_url) as network:
+        network.fail_commits(CommitFault.LOSE_ANSWER, of=CLAIM, then_refuse=True)
+        worker = await start_behind(on, network, "settle")
+        await until_failed(network)
+        await until_round_failed(worker)
+        assert (await on.row()).attempts == ["submit -"]
+        await network.listen()
+        await on.until("success")
+        assert (await on.row()).attempts == ["submit paid"]
         await on.assert_settled_once()
 
 

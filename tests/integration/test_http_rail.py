@@ -192,6 +192,16 @@ async def test_whatever_happens_to_the_answer_a_payout_is_paid_once(
         assert await working.balance(merchant) == (FUNDS_MINOR - AMOUNT_MINOR, 0)
 
 
+@pytest.mark.parametrize("sum_named", [{"amount_minor": 0}, {"currency": ""}], ids=str)
+async def test_nothing_is_a_sum_too(tmp_path: Path, sum_named: dict[str, Any]) -> None:
+    async with bank(tmp_path) as there, rail_to(there.base_url) as rail:
+        answer = await rail.submit(replace(order(), **sum_named))
+        assert (answer.amount_minor, answer.currency) == (
+            sum_named.get("amount_minor", AMOUNT_MINOR),
+            sum_named.get("currency", "BDT"),
+        )
+
+
 async def test_an_answer_about_another_sum_moves_nothing_and_is_for_people(database_url: str, tmp_path: Path) -> None:
     async with at_the_bank(database_url, tmp_path) as (working, there, rail):
         merchant = await working.merchant()

@@ -70,7 +70,7 @@ from worker.callbacks.recording import Ended as Delivered
 from worker.callbacks.recording import record_attempts
 from worker.callbacks.send import Attempt
 from worker.claiming import claim_calls
-from worker.conclusions import Ended
+from worker.conclusions import Ended, Terms
 from worker.crediting import record_answer
 from worker.rails import Answer, Outcome
 from worker.recording import find_endings, record_answers
@@ -560,9 +560,7 @@ async def test_accepting_a_batch_scans_nothing(crowd: Crowd, way: str) -> None:
 @pytest.mark.parametrize("outcome", [Outcome.PAID, Outcome.DECLINED, Outcome.SUBMITTED])
 async def test_claiming_and_recording_a_batch_scans_nothing(crowd: Crowd, outcome: Outcome, way: str) -> None:
     async with desk(crowd.url) as working, working.worker.connect() as tx:
-        _, calls = await claim_calls(
-            tx, claim=_claim(), after_shop=FIRST_SHOP, busy=Counter(), lag_seconds=0.0, start_until=math.inf
-        )
+        _, calls = await claim_calls(tx, claim=_claim(), after_shop=FIRST_SHOP, busy=Counter(), terms=Terms(math.inf))
         assert len(calls) == BATCH
         assert await _scanned(tx) == {}
         code = "other" if outcome is Outcome.DECLINED else None
@@ -588,7 +586,7 @@ async def test_what_a_batch_reads_does_not_depend_on_how_much_there_is(many: Cro
             await _assert_read_few(tx)
         async with working.worker.connect() as tx:
             _, calls = await claim_calls(
-                tx, claim=_claim(), after_shop=FIRST_SHOP, busy=Counter(), lag_seconds=0.0, start_until=math.inf
+                tx, claim=_claim(), after_shop=FIRST_SHOP, busy=Counter(), terms=Terms(math.inf)
             )
             await _assert_read_few(tx)
             answers = [Ended(call, Answer(Outcome.PAID)) for call in calls[: BATCH // 2]]
@@ -641,7 +639,7 @@ async def test_sessions_that_began_on_an_empty_database_read_no_more_when_there_
             accepted = await _rows_read(accepting)
             await accepting.commit()
             _, calls = await claim_calls(
-                settling, claim=_claim(), after_shop=FIRST_SHOP, busy=Counter(), lag_seconds=0.0, start_until=math.inf
+                settling, claim=_claim(), after_shop=FIRST_SHOP, busy=Counter(), terms=Terms(math.inf)
             )
             answers = [Ended(call, Answer(Outcome.PAID)) for call in calls]
             assert await _RECORD[way](settling, answers) == BATCH
@@ -684,7 +682,7 @@ async def test_tables_that_were_nearly_empty_when_they_were_looked_at_are_not_re
             async with working.worker.connect() as tx:
                 await _end_counting(tx)
                 _, calls = await claim_calls(
-                    tx, claim=_claim(), after_shop=FIRST_SHOP, busy=Counter(), lag_seconds=0.0, start_until=math.inf,
+                    tx, claim=_claim(), after_shop=FIRST_SHOP, busy=Counter(), terms=Terms(math.inf),
                     payout_ids=payout_ids,
                 )  # fmt: skip
                 answers = [Ended(call, Answer(Outcome.PAID)) for call in calls[: BATCH // 2]]
@@ -702,7 +700,7 @@ async def test_a_payout_that_is_sent_and_paid_leaves_the_indexes_alone(database_
         for _ in range(4):
             await working.create_many(merchant, BATCH)
             _, calls = await claim_calls(
-                tx, claim=_claim(), after_shop=FIRST_SHOP, busy=Counter(), lag_seconds=0.0, start_until=math.inf
+                tx, claim=_claim(), after_shop=FIRST_SHOP, busy=Counter(), terms=Terms(math.inf)
             )
             assert await _updates(tx) == {"payouts": (BATCH, BATCH)}
             await _end_counting(tx)

@@ -7,7 +7,9 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import product
 from typing import Any
 from uuid import UUID, uuid4
@@ -15,7 +17,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from common.canceling import cancel
-from common.db.due import History
+from common.db.due import Claim, History
 from common.db.engine import in_transaction
 from common.db.payouts import LockedPayout
 from common.db.rail_events import NewRailEvent, append_rail_events, find_rail_events_due
@@ -30,7 +32,8 @@ from tests.factories import execute, fetch, order
 from tests.faults.merchants import account_locked
 from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, desk
 from tests.stack import eventually
-from worker.conclusions import LOOK_UP, SUBMIT, Call, Ended, conclude
+from worker.claiming import find_calls
+from worker.conclusions import LOOK_UP, SUBMIT, Call, Ended, Terms, conclude
 from worker.hearing import apply_words
 from worker.rails import Answer, Outcome, PayinTerms, PaymentOrder
 
@@ -280,6 +283,44 @@ async def test_an_answer_that_makes_no_sense_is_recorded_all_the_same(database_u
         assert [name for name, state in ends.items() if not State(state).is_final] == []
 
 
+@pytest.mark.parametrize(
+    ("amount_minor", "currency"),
+    [
+        (0, "BDT"),
+        (AMOUNT_MINOR, ""),
+        (0, ""),
+        (-AMOUNT_MINOR, "BDT"),
+        (10**600, "BDT"),
+        (AMOUNT_MINOR, "B\0\ud800" * 700),
+    ],
+    ids=["nothing", "no currency", "neither", "less than nothing", "absurd", "no text"],
+)
+@pytest.mark.parametrize("outcome", [Outcome.PAID, Outcome.DECLINED])
+async def test_whatever_other_sum_a_rail_names_nothing_moves_and_people_are_told(
+    floor: Desk, outcome: Outcome, amount_minor: int, currency: str
+) -> None:
+    merchant = await floor.merchant()
+    payout_id = await floor.create(merchant)
+    bank = TestRail(Answer(outcome, amount_minor=amount_minor, currency=currency), Answer(Outcome.UNKNOWN))
+    await floor.settle(floor.settler({"sandbox": bank}))
+    assert await floor.state(payout_id) == "verifying"
+    assert await floor.balance(merchant) == (FUNDS_MINOR, AMOUNT_MINOR)
+    assert (await floor.one("SELECT kind FROM discrepancies")).kind == "amount"
+    await assert_sound(floor.owner)
+
+
+async def test_what_was_not_taken_leaves_no_reference_by_which_it_would_seem_to_have_been(floor: Desk) -> None:
+    payout_id = await floor.create(await floor.merchant())
+    refusing = TestRail(Answer(Outcome.NOT_ACCEPTED, provider_reference="B-1"))
+    await floor.settle(floor.settler({"sandbox": refusing}))
+    await floor.make_due()
+    losing = TestRail(Answer(Outcome.UNKNOWN), Answer(Outcome.NOT_FOUND))
+    await floor.settle(floor.settler({"sandbox": losing}))
+    await floor.make_due()
+    await floor.settle(floor.settler({"sandbox": TestRail(Answer(Outcome.PAID), Answer(Outcome.NOT_FOUND))}))
+    assert await floor.state(payout_id) == "success"
+
+
 async def test_a_rail_that_no_longer_exists_fails_what_is_queued_and_keeps_what_was_sent(database_url: str) -> None:
     async with desk(database_url) as working:
         merchants = sorted([await working.merchant(rail="gone") for _ in range(3)], key=lambda m: m.shop.id)
@@ -340,7 +381,8 @@ def _locked(state: State, provider_reference: str | None) -> LockedPayout:
 def _ended(payout: LockedPayout, action: str, outcome: Outcome, history: History | None) -> Ended:
     code = "recipient_not_found" if outcome is Outcome.DECLINED else None
     return Ended(
-        Call(payout, "sandbox", action, 1, "reference", history, uuid4(), 0.0), Answer(outcome, failure_code=code)
+        Call(payout, "sandbox", action, 1, "reference", history, uuid4(), Terms(0.0)),
+        Answer(outcome, failure_code=code),
     )
 
 
@@ -420,6 +462,29 @@ def test_refusals_count_towards_the_end_of_the_schedule(refused: int) -> None:
         assert concluded == Conclusion(State.FAILED, None, "provider_unavailable")
 
 
+@pytest.mark.parametrize(
+    "recipient", ["01712345678", "01712340001", "01712340200"], ids=["queued", "submitted", "verifying"]
+)
+async def test_the_calls_of_a_claim_that_nobody_heard_of_are_found_as_they_were_made(
+    floor: Desk, recipient: str
+) -> None:
+    await floor.create(await floor.merchant(), recipient=recipient)
+    if recipient != "01712345678":
+        await floor.settle(floor.settler(rail_timeout_seconds=1.0))
+        await floor.make_due()
+    (call,) = await floor.claim()
+    claim = Claim(call.rail, call.token, lease_seconds=60.0, claim_max=1, shop_max=1, shops_max=1)
+    (found,) = await in_transaction(floor.worker, partial(find_calls, claim=claim, terms=call.terms))
+    assert replace(found.payout, locked_at=call.payout.locked_at) == call.payout
+    for name in ("rail", "action", "attempt_no", "reference", "token", "terms"):
+        assert getattr(found, name) == getattr(call, name)
+    before = call.history or History(0, call.reference, submits_refused=0, look_ups=0)
+    for name in ("look_ups", "submits_refused", "was_taken", "open_no"):
+        assert getattr(found.history, name) == getattr(before, name)
+    another = replace(claim, token=uuid4())
+    assert await in_transaction(floor.worker, partial(find_calls, claim=another, terms=call.terms)) == []
+
+
 async def test_a_recipient_that_we_cannot_open_is_no_refusal_of_the_rail_however_often_it_is_tried(
     floor: Desk,
 ) -> None:
@@ -462,7 +527,7 @@ def test_what_a_rail_has_taken_and_cannot_tell_of_for_a_day_is_in_doubt(
 
 def test_a_decline_without_a_reason_has_one_all_the_same() -> None:
     payout = _locked(State.SENDING, None)
-    ended = Ended(Call(payout, "sandbox", SUBMIT, 1, "reference", None, uuid4(), 0.0), Answer(Outcome.DECLINED))
+    ended = Ended(Call(payout, "sandbox", SUBMIT, 1, "reference", None, uuid4(), Terms(0.0)), Answer(Outcome.DECLINED))
     assert conclude(payout, ended, held=True) == Conclusion(State.FAILED, None, "provider_declined")
 
 

@@ -203,7 +203,7 @@ def _read(answer: dict[str, Any], reference: str, words: dict[str, Outcome]) -> 
         failure_code=_text(answer.get("failure_code")) if outcome is Outcome.DECLINED else None,
         provider_reference=_text(answer.get("provider_reference")),
         amount_minor=amount_minor if type(amount_minor) is int else None,
-        currency=_text(currency),
+        currency=currency if isinstance(currency, str) else None,
     )
 
 
