@@ -17,6 +17,7 @@ from ops.simulator.moods import Behaviour, Fate, Manner
 from tests.bank import SECRET, RunningBank, bank
 from tests.factories import execute, fetch
 from tests.flows import Desk, assert_sound, desk
+from tests.receivers import Peer, head, receiver
 from worker.rails import Answer, Outcome, PayinTerms, PaymentOrder
 from worker.rails.breaker import Breaker
 from worker.rails.http import HttpRail, open_rail_session
@@ -120,6 +121,16 @@ async def test_whose_secret_or_clock_is_another_learns_nothing(tmp_path: Path, c
     async with bank(tmp_path) as there, rail_to(there.base_url, **changes) as rail:
         assert (await rail.submit(order(rail.clock))).outcome is Outcome.UNKNOWN
         assert there.ledger.payments() == []
+
+
+async def test_a_bank_that_answers_without_end_and_never_finally_is_left() -> None:
+    async def flood(peer: Peer) -> None:
+        while not await peer.hung_up(within_seconds=0):
+            await peer.send(head("100 Continue") * 100)
+
+    async with receiver(flood) as there, rail_to(f"http://127.0.0.1:{there.port}") as rail:
+        answer = await rail.submit(order())
+    assert answer == Answer(Outcome.UNKNOWN, detail="connection lost: ClientResponseError")
 
 
 async def test_only_a_connection_that_could_not_be_opened_was_not_accepted_by_itself() -> None:

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from importlib.metadata import version
 from typing import Final, cast
 from weakref import WeakSet
@@ -20,8 +20,6 @@ import aiohttp
 from aiohttp.abc import AbstractResolver
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
-from aiohttp.http import HttpProcessingError, RawResponseMessage
-from aiohttp.streams import StreamReader
 from aiohttp.tracing import Trace
 
 from common.deadlines import TimeLimit
@@ -29,6 +27,7 @@ from common.domain.addresses import parse_callback_url
 from common.domain.signing import sign_body, sign_webhook
 from common.log import LogEvent, get_logger
 from worker.callbacks.guard import AddressBlocked, NameServersUnreachable, Network, Resolver, socket_factory
+from worker.connections import BoundedConnector
 
 EXCERPT_BYTES_MAX: Final = 4096
 
@@ -41,9 +40,6 @@ _DNS_CACHE_SECONDS: Final = 30
 _DNS_CACHE_NAMES_MAX: Final = 10_000
 _HEADER_BYTES_MAX: Final = 16_384
 _HEADERS_MAX: Final = 128
-# Answers of 1xx before the one that counts: RFC 9110, 15.2, allows any number, and each costs time that others wait for.
-_INTERIM_MAX: Final = 16
-_SLICE_BYTES: Final = 16_384
 
 # The verdict by the hundreds of the status; what is in no row is no final answer of HTTP.
 _STATUS_ERRORS: Final[dict[int, str | None]] = {2: None, 3: "redirect", 4: "http_4xx", 5: "http_5xx"}
@@ -136,32 +132,7 @@ class _Wire:
 _wire: ContextVar[_Wire] = ContextVar("wire")
 
 
-class _Handler(ResponseHandler):
-    """A connection that gives up on a receiver that talks without ever answering. aiohttp itself would listen for ever."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop)
-        self._interim = 0
-
-    def data_received(self, data: bytes) -> None:
-        """In slices: what came in one piece may be thousands of answers."""
-        for begin in range(0, len(data), _SLICE_BYTES):
-            if not self.is_connected():
-                return
-            super().data_received(data[begin : begin + _SLICE_BYTES])
-
-    def feed_data(self, data: tuple[RawResponseMessage, StreamReader], size: int = 0) -> None:
-        """One answer's head was read."""
-        is_interim = data[0].code // 100 == 1
-        self._interim = self._interim + 1 if is_interim else 0
-        if self._interim <= _INTERIM_MAX:
-            super().feed_data(data, size)
-        elif self.transport is not None and self.exception() is None:
-            self.set_exception(HttpProcessingError(message="too many interim answers"))
-            self.transport.abort()
-
-
-class _Connector(aiohttp.TCPConnector):
+class _Connector(BoundedConnector):
     """Connections that the guard has judged; keeps the policy that URLs are judged by, and notes which one an attempt got."""
 
     def __init__(
@@ -183,8 +154,6 @@ class _Connector(aiohttp.TCPConnector):
             limit=0,
             socket_factory=self._make_socket,
         )
-        # aiohttp has no public way to name the protocol of its connections.
-        self._factory = cast(partial[ResponseHandler], partial(_Handler, loop=asyncio.get_running_loop()))
         self._private_allowed = private_allowed
         self._https_only = https_only
         self._ports = ports
@@ -210,8 +179,9 @@ class _Connector(aiohttp.TCPConnector):
         traces: list[Trace],
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 aiohttp's signature
     ) -> Connection:
-        """A connection from the pool or a new one. Idle ones to the same host are closed on the way with `fresh_only`, and those
-        on which the receiver has spoken unasked: that would be taken for the answer to this attempt.
+        """A connection from the pool or a new one. With `fresh_only` idle ones to the same host are closed on the way.
+
+        So are, always, those on which the receiver has spoken unasked: it would be taken for the answer to this attempt.
         """
         wire = _wire.get()
         wire.asked_at, wire.dialed_at, wire.connected_at = self._clock(), 0.0, 0.0

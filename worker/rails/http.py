@@ -15,6 +15,7 @@ import aiohttp
 from yarl import URL
 
 from common.domain.signing import RAIL_WINDOW_SECONDS, parse_timestamp, sign_answer, sign_v1, signatures_equal
+from worker.connections import BoundedConnector
 from worker.rails import Answer, Outcome, PayinTerms, PaymentOrder
 from worker.rails.breaker import Breaker
 
@@ -43,7 +44,7 @@ async def open_rail_session(
     """What all http rails of a process call through: no cookies, no proxy of the environment, every wait bounded."""
     timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=connect_timeout_seconds)
     async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=BoundedConnector(limit=0),
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=timeout,
         trust_env=False,
