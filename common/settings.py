@@ -16,6 +16,7 @@ from sqlalchemy.exc import ArgumentError
 from yarl import URL
 
 from common.domain.addresses import parse_callback_url
+from common.domain.lane import MERCHANT_UNPROVEN_MAX
 from common.domain.schedule import (
     LOOK_UP_DELAYS,
     PAYIN_LOOK_UP_DELAYS,
@@ -447,6 +448,12 @@ class Settings:
         _decimal(0.01, 1),
         "0.3",
         "part of these for receivers that take over 2 s, or that nobody knows yet",
+    )
+    callback_reserve_share: float = _setting(
+        "PAYOUTS_CALLBACK_RESERVE_SHARE",
+        _decimal(0, 0.9),
+        "0.25",
+        f"part of these that no merchant with more than {MERCHANT_UNPROVEN_MAX} in flight may use",
     )
     callback_hold_hours: float = _setting(
         "PAYOUTS_CALLBACK_HOLD_HOURS",

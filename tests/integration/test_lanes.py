@@ -395,6 +395,23 @@ async def test_a_receiver_that_was_fast_and_falls_silent_leaves_those_whom_nobod
         await rounds_until(deliverer, told, "who is new is told meanwhile")
 
 
+async def test_large_receivers_that_fall_silent_together_leave_the_others_a_reserve(yard: Yard) -> None:
+    async with hanging() as port, endpoint() as receiver, delivering(yard, callback_concurrency=256) as deliverer:
+        *silent, other = [await yard.desk.merchant() for _ in range(4)]
+        for merchant in silent:
+            await yard.wait(merchant, f"http://127.0.0.1:{port}", count=300, cap=256)
+        while await deliverer.run_round():
+            pass
+        taken = await yard.desk.count("callback_due", "lease_token IS NOT NULL")
+        assert 256 * 3 // 4 <= taken <= 256 - MERCHANT_UNPROVEN_MAX
+        await yard.wait(other, origin_of(receiver), count=3)
+
+        async def told() -> bool:
+            return len(receiver.received) == 3
+
+        await rounds_until(deliverer, told, "who answers is told meanwhile")
+
+
 async def test_lanes_of_a_merchant_who_has_all_that_he_may_take_no_room_of_others(yard: Yard) -> None:
     """What a claim passes over counts for nothing, neither as slow nor as failed before."""
     merchant, *others = [await yard.desk.merchant() for _ in range(9)]
@@ -452,7 +469,10 @@ async def test_a_record_stands_when_the_claim_beside_it_fails(yard: Yard, monkey
     async def fail(*_: object) -> list[ClaimedCallback]:
         raise RuntimeError("no claim")
 
-    async with endpoint() as receiver, delivering(yard, callback_concurrency=4) as deliverer:
+    async with (
+        endpoint() as receiver,
+        delivering(yard, callback_concurrency=4, callback_reserve_share=0.0) as deliverer,
+    ):
         merchant = await yard.desk.merchant()
         await yard.wait(merchant, origin_of(receiver), count=60)
         assert await deliverer.run_round()

@@ -37,7 +37,7 @@ from common.db.lanes import (
 from common.db.webhook_secrets import SealedWebhookSecret, find_webhook_secrets
 from common.deadlines import TimeLimit
 from common.domain.ids import EVENT, PAYIN, PAYOUT, made_at, render_id
-from common.domain.lane import SLOW_MILLISECONDS
+from common.domain.lane import MERCHANT_UNPROVEN_MAX, SLOW_MILLISECONDS
 from common.errors import AccountBusy, Transient
 from common.log import LogEvent, get_logger
 from common.messaging.codec import WorkMessage
@@ -220,7 +220,8 @@ class Deliverer:
         """What may be taken when these are recorded. What has been in flight for long is slow, whatever was known of its lane.
 
         Of the share of the slow, those that were thought fast take up no more than half: one receiver that falls silent leaves
-        the others of whom nothing is known theirs.
+        the others of whom nothing is known theirs. What is free last is a reserve for merchants who have little in flight, so that
+        several that fall silent together leave it to the others.
         """
         settings = self._settings
         slow_since = monotonic() - SLOW_MILLISECONDS / 1000
@@ -231,11 +232,14 @@ class Deliverer:
         late = sum(not flight.callback.slow and flight.since < slow_since for flight in flights)
         retries = sum(flight.callback.step > 0 for flight in flights)
         slow_share = _share(settings.callback_concurrency, settings.callback_slow_share)
+        free = max(0, settings.callback_concurrency - len(flights))
+        reserve = int(settings.callback_concurrency * settings.callback_reserve_share)
+        large = settings.callback_lane_concurrency
         return Room(
-            total=max(0, min(_CLAIM_MAX, settings.callback_concurrency - len(flights))),
+            total=min(_CLAIM_MAX, free - reserve if free > reserve else free),
             retries=max(0, _share(settings.callback_concurrency, settings.callback_retry_share) - retries),
             slow=max(0, slow_share - slow - min(late, slow_share // 2)),
-            lane=settings.callback_lane_concurrency,
+            lane=large if free > reserve else min(large, MERCHANT_UNPROVEN_MAX),
             busy=Tally(flight.callback.lane_id for flight in flights),
             busy_merchants=Tally(flight.callback.merchant_id for flight in flights),
         )
