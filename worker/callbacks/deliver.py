@@ -220,7 +220,7 @@ class Deliverer:
         """What may be taken when these are recorded. What has been in flight for long is slow, whatever was known of its lane.
 
         Of the share of the slow, those that were thought fast take up no more than half: one receiver that falls silent leaves
-        the others of whom nothing is known theirs. What is free last is a reserve for merchants who have little in flight, so that
+        the others of whom nothing is known theirs. What is free last is a reserve for merchants who have little in flight:
         several that fall silent together leave it to the others.
         """
         settings = self._settings
