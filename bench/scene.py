@@ -237,7 +237,7 @@ async def scene(folder: Path, say: Say, *, carriers: Collection[str]) -> AsyncIt
 def describe_machine() -> dict[str, Any]:
     """What the figures were measured on."""
     return {
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load": os.getloadavg()[0],

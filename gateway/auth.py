@@ -22,6 +22,7 @@ from common.errors import (
     InvalidApiKey,
     InvalidSignature,
     InvalidTimestampFormat,
+    NotFound,
     RateLimited,
     ShopNotFound,
     SignatureRequired,
@@ -32,6 +33,7 @@ from common.log import LogEvent, get_logger
 from common.sealing import API_KEY_PURPOSE, RAIL_SECRET_PURPOSE, Keyring, SealBroken
 from gateway.cache import ENTRIES_MAX, Cache
 from gateway.log import SUBJECT
+from gateway.schemas import read_query
 
 _DUMMY_SECRET: Final = "sk_of_nobody_the_work_of_checking_is_the_same"  # noqa: S105 opens nothing
 
@@ -149,6 +151,17 @@ class Authenticator:
         if code is None:
             raise DefaultShopMissing
         raise ShopNotFound(code)
+
+    async def resolve_subject(self, request: web.Request, caller: Caller, missing: type[NotFound]) -> tuple[Shop, str]:
+        """The shop of a look-up, and the merchant's id of what it is about.
+
+        Raises: `missing` for an id that nobody can have; as `resolve_shop`.
+        """
+        shop = await self.resolve_shop(request, caller, read_query(request, "shop_code"))
+        external_id = request.match_info["external_id"]
+        if "\x00" in external_id:
+            raise missing
+        return shop, external_id
 
     async def _load_keys(self, public_ids: Sequence[str]) -> list[LiveKey | None]:
         keys = await in_transaction(

@@ -32,7 +32,7 @@ from gateway.auth import Caller
 from gateway.errors import json_response
 from gateway.log import SUBJECT
 from gateway.resources import RESOURCES
-from gateway.schemas import parse_json_object, read_query
+from gateway.schemas import parse_json_object
 
 ATTEMPTS_SHOWN_MAX: Final = 100
 
@@ -61,7 +61,7 @@ ERROR_UNKNOWN: Final = "other"
 
 async def list_payout_callbacks(request: web.Request, caller: Caller, _body: bytes) -> web.Response:
     """`GET /payouts/{external_id}/callbacks`: its callbacks, oldest first, with the attempts made so far."""
-    shop, external_id = await _resolve(request, caller)
+    shop, external_id = await request.app[RESOURCES].authenticator.resolve_subject(request, caller, PayoutNotFound)
 
     async def work(tx: Tx) -> list[ToldCallback]:
         return await _find_callbacks(tx, request, shop, external_id)
@@ -71,10 +71,10 @@ async def list_payout_callbacks(request: web.Request, caller: Caller, _body: byt
 
 async def list_payin_callbacks(request: web.Request, caller: Caller, _body: bytes) -> web.Response:
     """`GET /payins/{external_id}/callbacks`: the same of a payin."""
-    shop, external_id = await _resolve(request, caller)
+    shop, external_id = await request.app[RESOURCES].authenticator.resolve_subject(request, caller, PayinNotFound)
 
     async def work(tx: Tx) -> list[ToldCallback]:
-        payin = None if "\x00" in external_id else await find_payin(tx, shop.id, external_id)
+        payin = await find_payin(tx, shop.id, external_id)
         if payin is None:
             raise PayinNotFound
         request[SUBJECT].payin_id = payin.id
@@ -90,7 +90,7 @@ async def resend_payout_callback(request: web.Request, caller: Caller, body: byt
     Raises: `EventNotFound`, `CallbackMissing`; `CallbackInProgress` while it is being sent and for a second after.
     """
     asked = _parse_resend(body)
-    shop, external_id = await _resolve(request, caller)
+    shop, external_id = await request.app[RESOURCES].authenticator.resolve_subject(request, caller, PayoutNotFound)
 
     async def work(tx: Tx) -> ToldCallback:
         callbacks = await _find_callbacks(tx, request, shop, external_id)
@@ -104,12 +104,6 @@ async def resend_payout_callback(request: web.Request, caller: Caller, body: byt
     return json_response(render_callback(callback))
 
 
-async def _resolve(request: web.Request, caller: Caller) -> tuple[Shop, str]:
-    """The shop that a look-up is about, and the merchant's own id."""
-    shop = await request.app[RESOURCES].authenticator.resolve_shop(request, caller, read_query(request, "shop_code"))
-    return shop, request.match_info["external_id"]
-
-
 async def _list(request: web.Request, work: Callable[[Tx], Awaitable[list[ToldCallback]]]) -> web.Response:
     callbacks = await in_transaction(request.app[RESOURCES].engine, work, attempts_max=READ_ATTEMPTS_MAX)
     return json_response({"data": [render_callback(callback) for callback in callbacks]})
@@ -117,7 +111,7 @@ async def _list(request: web.Request, work: Callable[[Tx], Awaitable[list[ToldCa
 
 async def _find_callbacks(tx: Tx, request: web.Request, shop: Shop, external_id: str) -> list[ToldCallback]:
     """Raises: `PayoutNotFound`."""
-    payout = None if "\x00" in external_id else await find_payout(tx, shop.id, external_id)
+    payout = await find_payout(tx, shop.id, external_id)
     if payout is None:
         raise PayoutNotFound
     request[SUBJECT].payout_id = payout.id

@@ -15,7 +15,7 @@ from gateway.auth import Caller
 from gateway.errors import json_response
 from gateway.log import SUBJECT
 from gateway.resources import RESOURCES
-from gateway.schemas import CreatePayin, parse_create_payin, read_query, render_payin
+from gateway.schemas import CreatePayin, parse_create_payin, render_payin
 from gateway.terms import digest_payment_data, judge_terms
 
 
@@ -55,15 +55,12 @@ async def create_payin(request: web.Request, caller: Caller, body: bytes) -> web
 
 async def show_payin(request: web.Request, caller: Caller, _body: bytes) -> web.Response:
     """`GET /payins/{external_id}`: the payin as it is now, in the scope of the resolved shop."""
-    shop = await request.app[RESOURCES].authenticator.resolve_shop(request, caller, read_query(request, "shop_code"))
-    external_id = request.match_info["external_id"]
-    payin = None
-    if "\x00" not in external_id:
-        payin = await in_transaction(
-            request.app[RESOURCES].engine_of_one,
-            lambda tx: find_payin(tx, shop.id, external_id),
-            attempts_max=READ_ATTEMPTS_MAX,
-        )
+    shop, external_id = await request.app[RESOURCES].authenticator.resolve_subject(request, caller, PayinNotFound)
+    payin = await in_transaction(
+        request.app[RESOURCES].engine_of_one,
+        lambda tx: find_payin(tx, shop.id, external_id),
+        attempts_max=READ_ATTEMPTS_MAX,
+    )
     if payin is None:
         raise PayinNotFound
     request[SUBJECT].payin_id = payin.id

@@ -18,7 +18,7 @@ from gateway.deciding import Order
 from gateway.errors import json_response
 from gateway.log import SUBJECT
 from gateway.resources import RESOURCES, SPAN
-from gateway.schemas import CreatePayout, parse_create_payout, read_query, render_history, render_payout
+from gateway.schemas import CreatePayout, parse_create_payout, render_history, render_payout
 from gateway.terms import digest_payment_data, judge_terms
 
 
@@ -45,7 +45,7 @@ async def create_payout(request: web.Request, caller: Caller, body: bytes) -> we
 
 async def show_payout(request: web.Request, caller: Caller, _body: bytes) -> web.Response:
     """`GET /payouts/{external_id}`: the payout as it is now, in the scope of the resolved shop."""
-    shop, external_id = await _resolve(request, caller)
+    shop, external_id = await request.app[RESOURCES].authenticator.resolve_subject(request, caller, PayoutNotFound)
     payout = await in_transaction(
         request.app[RESOURCES].engine_of_one,
         lambda tx: find_payout(tx, shop.id, external_id),
@@ -62,7 +62,7 @@ async def cancel_payout(request: web.Request, caller: Caller, _body: bytes) -> w
 
     Repeat: 200 again. Raises: `NotCancelable` from the moment on that a worker has taken it.
     """
-    shop, external_id = await _resolve(request, caller)
+    shop, external_id = await request.app[RESOURCES].authenticator.resolve_subject(request, caller, PayoutNotFound)
     payout = await request.app[RESOURCES].canceler.cancel(shop.id, external_id)
     request[SUBJECT].payout_id = payout.id
     return json_response(render_payout(payout, shop))
@@ -77,19 +77,10 @@ async def list_payout_events(request: web.Request, caller: Caller, _body: bytes)
             raise PayoutNotFound
         return payout, await find_moves(tx, payout.id, shop.id)
 
-    shop, external_id = await _resolve(request, caller)
+    shop, external_id = await request.app[RESOURCES].authenticator.resolve_subject(request, caller, PayoutNotFound)
     payout, moves = await in_transaction(request.app[RESOURCES].engine, work, attempts_max=READ_ATTEMPTS_MAX)
     request[SUBJECT].payout_id = payout.id
     return json_response({"data": render_history(payout, moves)})
-
-
-async def _resolve(request: web.Request, caller: Caller) -> tuple[Shop, str]:
-    """The shop that a look-up is about, and the merchant's id of the payout."""
-    shop = await request.app[RESOURCES].authenticator.resolve_shop(request, caller, read_query(request, "shop_code"))
-    external_id = request.match_info["external_id"]
-    if "\x00" in external_id:
-        raise PayoutNotFound
-    return shop, external_id
 
 
 def place_order(

@@ -182,7 +182,7 @@ async def test_a_test_event_is_signed_like_others_and_leaves_only_an_audit_line(
     headers = {name.lower(): value for name, value in sent.headers.items()}
     for secret in (new, merchant.webhook_secret):
         Webhook(secret).verify(sent.body, headers)
-    assert ended.pop("duration_ms") >= 0
+    assert 0 <= ended.pop("duration_ms") < 60_000
     assert ended == {
         "event": ended["event"],
         "type": "test.ping",

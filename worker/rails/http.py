@@ -100,25 +100,18 @@ class HttpRail:
 
     async def look_up(self, reference: str) -> Answer:
         """Ask the bank what became of a reference."""
-        try:
-            status, answer = await self._exchange("GET", self.base_url / "payouts" / reference, b"")
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
-            return Answer(Outcome.UNKNOWN, detail="not connected")
-        except _NoAnswer as error:
-            return Answer(Outcome.UNKNOWN, detail=str(error))
-        if status == 404 and answer.get("status") == "not_found" and answer.get("reference") == reference:
-            return (
-                Answer(Outcome.NOT_FOUND) if self.authoritative else Answer(Outcome.UNKNOWN, detail="not known there")
-            )
-        if status != 200:
-            return Answer(Outcome.UNKNOWN, detail=f"status {status}")
-        return _read(answer, reference, _TO_LOOK_UP)
+        answer = await self._look_up("payouts", reference, _TO_LOOK_UP)
+        if answer.outcome is Outcome.NOT_FOUND and not self.authoritative:
+            return Answer(Outcome.UNKNOWN, detail="not known there")
+        return answer
 
     async def look_up_payin(self, payin: PayinTerms) -> Answer:
         """Ask the bank whether somebody has paid in under a reference."""
-        reference = payin.reference
+        return await self._look_up("payins", payin.reference, _TO_PAYIN_LOOK_UP)
+
+    async def _look_up(self, what: str, reference: str, words: dict[str, Outcome]) -> Answer:
         try:
-            status, answer = await self._exchange("GET", self.base_url / "payins" / reference, b"")
+            status, answer = await self._exchange("GET", self.base_url / what / reference, b"")
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
             return Answer(Outcome.UNKNOWN, detail="not connected")
         except _NoAnswer as error:
@@ -127,7 +120,7 @@ class HttpRail:
             return Answer(Outcome.NOT_FOUND)
         if status != 200:
             return Answer(Outcome.UNKNOWN, detail=f"status {status}")
-        return _read(answer, reference, _TO_PAYIN_LOOK_UP)
+        return _read(answer, reference, words)
 
     async def _exchange(
         self, method: str, url: URL, body: bytes, *, at: float | None = None
