@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any, Final
 
+from sqlalchemy.engine import URL as DatabaseUrl  # noqa: N811 a class, beside the one of yarl
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 from yarl import URL
@@ -47,6 +48,7 @@ _DATABASE_PARAMETERS: Final = frozenset(
 )
 _DELAY_SECONDS_MAX: Final = 30 * 24 * 3600.0
 _DELAYS_MAX: Final = 50
+_PORT_MAX: Final = 65_535
 _META: Final = "setting"
 
 
@@ -134,15 +136,39 @@ def _postgresql(text: str) -> str:
     try:
         if not re.match(r"postgres(ql)?(\+asyncpg)?://", text):
             raise ValueError
-        parameters = make_url(text).query
+        url = make_url(text)
     except (ArgumentError, ValueError):
         raise _Nonsense("must be postgresql://…") from None
+    parameters = url.query
+    if not all(map(_is_server, _servers(url))):
+        raise _Nonsense(f"must name hosts, and ports of 1 to {_PORT_MAX}")
     if "ssl" in parameters and "sslmode" in parameters:
         raise _Nonsense("must have one of ssl and sslmode, not both")
     if not set(parameters) <= _DATABASE_PARAMETERS:
         # Unnamed: it may be the rest of a password in which nobody escaped anything.
         raise _Nonsense(f"may have the parameters {', '.join(sorted(_DATABASE_PARAMETERS))}, and no others")
     return text
+
+
+def _servers(url: DatabaseUrl) -> Iterator[tuple[str, str]]:
+    """Hosts and ports as they stand in the URL, or in its parameters; several by commas. Empty: not said."""
+    yield url.host or "", "" if url.port is None else str(url.port)
+    for host in ",".join(url.normalized_query.get("host", ())).split(","):
+        name, _, port = host.rpartition(":") if host.count(":") == 1 else (host, "", "")
+        yield name, port
+    for port in ",".join(url.normalized_query.get("port", ())).split(","):
+        yield "", port
+
+
+def _is_server(place: tuple[str, str]) -> bool:
+    """Whether a connection can be asked for: asyncpg says the rest in a traceback. A host may be the folder of a socket."""
+    host, port = place
+    try:
+        if not host.startswith("/"):
+            host.encode("idna")
+        return not port or 0 < int(port) <= _PORT_MAX
+    except ValueError:
+        return False
 
 
 def _address(text: str) -> str:
@@ -152,7 +178,7 @@ def _address(text: str) -> str:
 
 
 def _ports(text: str) -> frozenset[int]:
-    return frozenset(_integer(1, 65_535)(port) for port in text.split(",") if port)
+    return frozenset(_integer(1, _PORT_MAX)(port) for port in text.split(",") if port)
 
 
 def _networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
@@ -251,9 +277,9 @@ class Settings:
     )
 
     host: str = _setting("PAYOUTS_HOST", _address, "127.0.0.1", "address the gateway listens on")
-    port: int = _setting("PORT", _integer(1, 65_535), "8080", "port of the gateway; its processes share it")
+    port: int = _setting("PORT", _integer(1, _PORT_MAX), "8080", "port of the gateway; its processes share it")
     admin_port: int = _setting(
-        "PAYOUTS_ADMIN_PORT", _integer(0, 65_535), "0", "metrics and health, one per process; 0: none"
+        "PAYOUTS_ADMIN_PORT", _integer(0, _PORT_MAX), "0", "metrics and health, one per process; 0: none"
     )
     admin_host: str = _setting(
         "PAYOUTS_ADMIN_HOST", _address, "127.0.0.1", "address of the admin port; no merchant may reach it"

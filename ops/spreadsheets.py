@@ -22,6 +22,10 @@ _PLAIN_NUMBER: Final = re.compile(r"-?[0-9]+(\.[0-9]+)?", re.ASCII)
 WriteRow = Callable[[Iterable[object]], None]
 
 
+class NoPlainFile(OSError):
+    """What stands there is a device, a folder or the like, which no file may replace."""
+
+
 class FileExists(Exception):
     """There is a file of that name, and nobody said that it may go."""
 
@@ -41,8 +45,8 @@ def render_csv_cell(value: object) -> str:
 def new_csv_file(path: Path, columns: Sequence[str], *, overwrite: bool) -> Iterator[WriteRow]:
     """Writes rows to a file that appears under its name when all of it is on disk, for its owner's eyes alone.
 
-    Raises: `FileExists` unless `overwrite`, before anything is written; `OSError`. Whatever ends it before its end leaves
-    the file that was there as it was, and nothing behind, unless a signal ends the process itself.
+    Raises: `NoPlainFile`, and `FileExists` unless `overwrite`, before anything is written; `OSError`. Whatever ends it before
+    its end leaves the file that was there as it was, and nothing behind, unless a signal ends the process itself.
     """
     _check_free(path, overwrite=overwrite)
     with NamedTemporaryFile(
@@ -62,5 +66,7 @@ def new_csv_file(path: Path, columns: Sequence[str], *, overwrite: bool) -> Iter
 
 
 def _check_free(path: Path, *, overwrite: bool) -> None:
+    if path.exists() and not path.is_file():
+        raise NoPlainFile(None, "there is something that is no file", str(path))
     if path.exists() and not overwrite:
         raise FileExists(f"{path} exists already")

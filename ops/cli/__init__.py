@@ -87,6 +87,10 @@ def cli() -> None:
 
 def main() -> None:
     """The console script."""
+    if sys.stdout is None:
+        # Before anything is done: nobody could be told.
+        _complain("payouts", "the output is closed; nothing was done")
+        sys.exit(Refused.exit_code)
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()

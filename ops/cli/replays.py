@@ -78,6 +78,10 @@ def replay_command(
 
     Interrupted, `payouts callbacks resume` goes on where it ended.
     """
+    if merchant is not None and shop is not None and shop[0] != merchant:
+        raise click.UsageError(f"--shop is one of {shop[0]}, and --merchant is {merchant}")
+    if since is not None and until is not None and since >= until:
+        raise click.UsageError("--since must be before --until")
     merchant, code = shop or (merchant, None)
     chosen = Chosen(state=state, merchant=merchant, shop=code, origin=origin, since=since, until=until)
     count = run_connected(lambda engine: _count(engine, chosen))

@@ -19,7 +19,7 @@ from ops.cli.output import Record, show_record, show_records
 from ops.cli.payouts import find_one_payout
 from ops.resolving import Doubtful, ResolutionRefused, Resolved, resolve, withdraw
 
-_PAID, _DECLINED, _WITHDRAW = "paid", "declined", "withdraw"
+_PAID, _DECLINED = "paid", "declined"
 
 
 @click.command("waiting")
@@ -33,9 +33,9 @@ def list_waiting_command(limit: int, as_json: bool) -> None:
 
 @click.command("resolve")
 @click.argument("payout_id", metavar="ID_OR_EXTERNAL_ID")
-@click.option("--success", "word", flag_value=_PAID, help="The recipient has the money.")
-@click.option("--failed", "word", flag_value=_DECLINED, help="The recipient has not, and never will under this order.")
-@click.option("--withdraw", "word", flag_value=_WITHDRAW, help="Take back what one operator said.")
+@click.option("--success", is_flag=True, help="The recipient has the money.")
+@click.option("--failed", is_flag=True, help="The recipient has not, and never will under this order.")
+@click.option("--withdraw", "withdrawn", is_flag=True, help="Take back what one operator said.")
 @click.option(
     "--evidence",
     type=parse_line(REASON_CHARACTERS_MAX),
@@ -47,19 +47,26 @@ def list_waiting_command(limit: int, as_json: bool) -> None:
 @actor_option
 @json_option
 def resolve_command(
-    payout_id: str, word: str | None, evidence: str, shop: tuple[str, str] | None, actor: str, as_json: bool
+    payout_id: str,
+    success: bool,
+    failed: bool,
+    withdrawn: bool,
+    evidence: str,
+    shop: tuple[str, str] | None,
+    actor: str,
+    as_json: bool,
 ) -> None:
     """Say how a payout ended that no rail tells of.
 
     It counts when a second operator says the same with evidence of their own. Then a worker ends the payout.
     """
-    if word is None:
-        raise click.UsageError("one of --success, --failed and --withdraw is required")
+    if success + failed + withdrawn != 1:
+        raise click.UsageError("one of --success, --failed and --withdraw is required, and one alone")
 
     async def work(tx: Tx) -> tuple[str, Resolved]:
         found = await find_one_payout(tx, payout_id, shop)
         payout = Doubtful(found.id, found.shop_id, State(found.state))
-        step = withdraw if word == _WITHDRAW else partial(resolve, outcome=word)
+        step = withdraw if withdrawn else partial(resolve, outcome=_PAID if success else _DECLINED)
         return render_id(PAYOUT, found.id), await step(tx, payout, evidence=evidence, actor=actor)
 
     try:

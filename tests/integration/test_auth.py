@@ -142,7 +142,7 @@ async def test_both_formulas_open_with_every_format_of_the_time(gateway: Gateway
             "%s.5",
             "+%s",
             "%s000",
-            "%Y-%m-%dT%H:%M:%S.1234567Z",
+            "%Y-%m-%dT%H:%M:%S.1234567890Z",
         ),
     ],
 )

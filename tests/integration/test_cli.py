@@ -317,6 +317,20 @@ async def test_what_was_done_though_nobody_could_read_it_is_not_denied(database_
     assert len(await fetch(floor.owner, "SELECT seq FROM entries")) == 1
 
 
+async def test_nothing_is_done_where_nobody_can_be_told(database_url: str, floor: Desk) -> None:
+    merchant = await floor.merchant(funds=None)
+    arguments = f"balance topup {merchant.code} shop-001 1 --reason x --actor alice"
+    ended = await asyncio.to_thread(
+        subprocess.run,
+        ["sh", "-c", f'exec "{sys.executable}" -c "from ops.cli import main; main()" {arguments} >&-'],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment(database_url),
+    )
+    assert (ended.returncode, ended.stderr) == (2, "payouts: the output is closed; nothing was done\n")
+    assert await fetch(floor.owner, "SELECT seq FROM entries") == []
+
+
 # Merchants, shops, keys
 
 

@@ -1,6 +1,7 @@
 """What is exported of a merchant: all of it, of one moment, nothing of anybody else's, and no formula."""
 
 import csv
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -192,6 +193,11 @@ async def test_a_file_that_is_there_is_kept_and_what_cannot_be_written_is_told(
     (await export(terminal, "payouts", merchant, out, "--force")).assert_shown("rows")
     assert out.read_text().startswith("id,external_id")
     (await export(terminal, "payouts", merchant, tmp_path / "no" / "out.csv")).assert_refused("No such file")
+    device = tmp_path / "device"
+    os.mkfifo(device)
+    (await export(terminal, "payouts", merchant, device, "--force")).assert_refused("no file")
+    assert device.is_fifo()
+    device.unlink()
     (await export(terminal, "payouts", merchant, out, "--shop", "nope", "--force")).assert_refused("with a shop nope")
     nobody = ("--merchant", "nobody", *EVER, "--out", tmp_path / "new.csv")
     (await terminal.run("export", "entries", *nobody)).assert_refused("no merchant nobody")

@@ -258,10 +258,12 @@ async def test_an_origin_is_the_same_however_it_was_spelled(
         (("--shop", "dhaka"), ["MERCHANT/SHOP"]),
         (("--state", "pending"), ["pending"]),
         (("--per-second", "0"), ["--per-second"]),
+        (("--merchant", "one", "--shop", "another/shop-001"), ["another", "one"]),
+        (("--since", "2026-01-02", "--until", "2026-01-02"), ["--since must be before"]),
     ],
 )
 async def test_a_replay_that_makes_no_sense_is_refused(
-    terminal: Terminal, floor: Desk, options: tuple[str, str], words: list[str]
+    terminal: Terminal, floor: Desk, options: tuple[str, ...], words: list[str]
 ) -> None:
     (await terminal.run("callbacks", "replay", *options, *BECAUSE)).assert_refused(*words)
     assert await floor.count("callback_replays") == 0

@@ -84,6 +84,12 @@ async def test_what_a_rail_has_taken_and_is_silent_about_comes_to_the_operators_
     await assert_sound(floor.owner)
 
 
+async def test_contradictory_words_are_none(terminal: Terminal, floor: Desk, doubtful: UUID) -> None:
+    for words in (("--success", "--failed"), ("--failed", "--withdraw"), ()):
+        (await terminal.run("payout", "resolve", "PAY-1", *words, *ALICE)).assert_refused("one alone")
+    assert await floor.count("resolutions") == 0
+
+
 async def test_one_operator_is_not_two(terminal: Terminal, floor: Desk, doubtful: UUID) -> None:
     (await terminal.run("payout", "resolve", "PAY-1", "--success", *ALICE)).assert_shown("waits")
     for name in ("alice", "ALICE"):

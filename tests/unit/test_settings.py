@@ -111,6 +111,28 @@ def test_a_database_url_that_is_none_of_postgresql_is_refused(value: str) -> Non
     assert refusal(DATABASE_URL=value).startswith("DATABASE_URL: ")
 
 
+@pytest.mark.parametrize(
+    "where",
+    [
+        *("h:99999/x", "h:0/x", "..a/x", f"{'a' * 64}/x"),
+        *("h/x?host=127.0.0.1:99999", "h/x?host=a&host=..b", "h/x?port=5432,0", "h/x?port=soon"),
+    ],
+)
+def test_hosts_and_ports_that_nobody_can_connect_to_are_refused(where: str) -> None:
+    assert refusal(DATABASE_URL=f"postgresql://payouts:{SECRET}@{where}") == (
+        "DATABASE_URL: must name hosts, and ports of 1 to 65535"
+    )
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["[::1]:5432/x", "a,b:5433/x", "/x?host=a:1&host=b:2", f"/x?host=/{'folder' * 20}", "/x?host=::1&port=5432"],
+)
+def test_several_hosts_addresses_and_folders_of_sockets_are_hosts(where: str) -> None:
+    url = f"postgresql://{where}"
+    assert Settings.from_environ(GOOD | {"DATABASE_URL": url}).database_url == url
+
+
 @pytest.mark.parametrize("query", ["connect_timeout=10", "sslmode=require&user=me", "sslmode=require&ssl=disable"])
 def test_a_parameter_that_is_not_for_the_url_to_say_is_refused(query: str) -> None:
     assert "sslmode" in refusal(DATABASE_URL=f"{GOOD['DATABASE_URL']}?{query}")
