@@ -12,7 +12,7 @@
     │   │                             CallbackMissing · CallbackInProgress
     │   └── MethodNotAllowed · BodyTooLarge · UnsupportedMediaType · UnreadableRequest · RateLimited
     ├── Transient                     the world is wrong for now: repeating is safe and may help
-    │   └── Overloaded · AccountBusy · DatabaseUnavailable · DatabaseSlow · BrokerUnavailable
+    │   └── Overloaded · AccountBusy · DatabaseUnavailable · DatabaseSlow · BrokerUnavailable · SecretUnreadable
     ├── Poison                        the message is unreadable: it is parked, its neighbours go on
     │   └── UnreadableMessage
     └── InvariantViolated             we are wrong
@@ -237,6 +237,12 @@ class BrokerUnavailable(Transient):
     """RabbitMQ cannot be reached, or did not confirm."""
 
     reason = "broker_unavailable"
+
+
+class SecretUnreadable(Transient):
+    """The keys of this process do not open a secret; those of another may."""
+
+    reason = "secret_unreadable"
 
 
 class Poison(PayoutsError):

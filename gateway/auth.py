@@ -24,6 +24,7 @@ from common.errors import (
     InvalidTimestampFormat,
     NotFound,
     RateLimited,
+    SecretUnreadable,
     ShopNotFound,
     SignatureRequired,
     TimestampRequired,
@@ -35,6 +36,8 @@ from gateway.cache import ENTRIES_MAX, Cache
 from gateway.log import SUBJECT
 from gateway.schemas import read_query
 
+# In place of the secret of a rail that our keys do not open; no secret is empty.
+_UNREADABLE: Final = ""
 _DUMMY_SECRET: Final = "sk_of_nobody_the_work_of_checking_is_the_same"  # noqa: S105 opens nothing
 
 
@@ -57,10 +60,13 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class LiveKey:
-    """A key that can sign, with its secret in the clear; only ever in memory. `ends_at`: Unix seconds."""
+    """A key that can sign, with its secret in the clear; only ever in memory. `ends_at`: Unix seconds.
+
+    `secret` None: our keys do not open it. That is our fault, and says nothing of who signs with it.
+    """
 
     key: ApiKey
-    secret: str
+    secret: str | None
     ends_at: float
 
     def __repr__(self) -> str:
@@ -122,10 +128,12 @@ class Authenticator:
         """The caller behind a request. `body_formula`: whether this route opens to the older formula.
 
         An unknown key costs the same work as a known one, and is answered before a wrong signature.
-        Raises: `InvalidApiKey`, `InvalidSignature`, `AccessDenied`, `RateLimited`, `DatabaseUnavailable`.
+        Raises: `InvalidApiKey`, `InvalidSignature`, `AccessDenied`, `RateLimited`, `DatabaseUnavailable`, `SecretUnreadable`.
         """
         live = await self._keys.get(credentials.public_id) if _is_storable(credentials.public_id) else None
         secret = _DUMMY_SECRET if live is None else live.secret
+        if secret is None:
+            raise SecretUnreadable
         signed = _signature_holds(secret, request, credentials, body, body_formula=body_formula)
         if live is None or live.key.merchant_status == "closed" or self._clock() >= live.ends_at:
             raise InvalidApiKey
@@ -172,13 +180,13 @@ class Authenticator:
     def _open(self, key: ApiKey | None) -> LiveKey | None:
         if key is None:
             return None
+        secret = None
         try:
             secret = self._keyring.open(
                 key.secret_sealed, owner=key.merchant_id, row=key.id, purpose=API_KEY_PURPOSE
             ).decode()
         except SealBroken as error:
             get_logger().error(LogEvent.SECRET_UNSEALABLE, api_key_id=str(key.id), error=str(error))
-            return None
         ends = [moment.timestamp() for moment in (key.expires_at, key.revoked_at) if moment is not None]
         return LiveKey(key, secret, min(ends, default=math.inf))
 
@@ -200,9 +208,11 @@ class RailSecrets:
     async def check(self, name: str, request: web.Request, timestamp: str, signature: str, body: bytes) -> None:
         """Whether the rail of that name has signed the request. An unknown rail costs the same work as a known one.
 
-        Raises: `InvalidSignature`, `DatabaseUnavailable`.
+        Raises: `InvalidSignature`, `DatabaseUnavailable`, `SecretUnreadable`.
         """
         secret = await self._secrets.get(name) if _is_storable(name) else None
+        if secret == _UNREADABLE:
+            raise SecretUnreadable
         path, _, query = request.raw_path.partition("?")
         expected = sign_v1(secret or _DUMMY_SECRET, timestamp, request.method, path, query, body)
         if not signatures_equal(expected, signature) or secret is None:
@@ -219,7 +229,7 @@ class RailSecrets:
             return self._keyring.open(sealed, owner=rail_id, row=rail_id, purpose=RAIL_SECRET_PURPOSE).decode()
         except SealBroken as error:
             get_logger().error(LogEvent.SECRET_UNSEALABLE, rail=name, error=str(error))
-            return None
+            return _UNREADABLE
 
 
 def _signature_holds(

@@ -211,6 +211,16 @@ async def test_the_secret_of_another_key_opens_nothing(gateway: Gateway) -> None
     assert read_refusal(await gateway.ask(mixed, "GET", BALANCE, formula="body")) == INVALID_SIGNATURE
 
 
+async def test_a_secret_that_our_keys_do_not_open_is_our_fault_and_says_nothing_of_the_caller(gateway: Gateway) -> None:
+    merchant = await gateway.merchant()
+    sealed = "UPDATE api_keys SET secret_sealed = secret_sealed || 'x' WHERE public_id = :public_id"
+    await execute(gateway.owner, sealed, public_id=merchant.api_key)
+    answer = await gateway.create(merchant, create_body())
+    message = "Service unavailable. Repeat the same request."
+    assert read_refusal(answer) == Refusal(503, "unavailable", message, "secret_unreadable")
+    assert answer.headers["retry-after"] == "1"
+
+
 async def test_two_live_keys_of_a_merchant_see_the_same_payouts(gateway: Gateway) -> None:
     old = await gateway.merchant()
     new = await with_key(gateway, old)

@@ -11,7 +11,7 @@ import pytest
 
 from common.domain.signing import sign_v1
 from tests.bank import SECRET, add_rail
-from tests.factories import fetch
+from tests.factories import execute, fetch
 from tests.flows import Desk, assert_sound, desk
 from tests.stack import Stack, eventually, stack
 
@@ -71,6 +71,13 @@ async def test_an_event_is_stored_once_however_often_it_is_posted(branch: Branch
     for _ in range(3):
         assert await branch.post(EVENT) == (200, {"id": "E-1"})
     assert await stored(branch) == [("bank", "E-1", "po_x", "paid", 1000, "BDT", "B-1")]
+
+
+async def test_a_secret_that_our_keys_do_not_open_has_the_bank_say_it_again(branch: Branch) -> None:
+    await execute(branch.working.owner, "UPDATE rails SET secret_sealed = secret_sealed || 'x' WHERE name = 'bank'")
+    status, body = await branch.post(EVENT)
+    assert (status, body["error"]["reason"]) == (503, "secret_unreadable")
+    assert await stored(branch) == []
 
 
 async def test_another_event_under_the_same_id_is_refused(branch: Branch) -> None:

@@ -68,6 +68,7 @@ CONTRACT = {
     "account_busy": (503, "unavailable", "Service unavailable. Repeat the same request."),
     "database_unavailable": (503, "unavailable", "Service unavailable. Repeat the same request."),
     "broker_unavailable": (503, "unavailable", "Service unavailable. Repeat the same request."),
+    "secret_unreadable": (503, "unavailable", "Service unavailable. Repeat the same request."),
     "database_slow": (503, "unavailable", "Service unavailable. Repeat the same request."),
 }
 
