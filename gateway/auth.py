@@ -131,11 +131,13 @@ class Authenticator:
         Raises: `InvalidApiKey`, `InvalidSignature`, `AccessDenied`, `RateLimited`, `DatabaseUnavailable`, `SecretUnreadable`.
         """
         live = await self._keys.get(credentials.public_id) if _is_storable(credentials.public_id) else None
+        if live is not None and (live.key.merchant_status == "closed" or self._clock() >= live.ends_at):
+            live = None
         secret = _DUMMY_SECRET if live is None else live.secret
         if secret is None:
             raise SecretUnreadable
         signed = _signature_holds(secret, request, credentials, body, body_formula=body_formula)
-        if live is None or live.key.merchant_status == "closed" or self._clock() >= live.ends_at:
+        if live is None:
             raise InvalidApiKey
         if not signed or (live.key.v1_only and not credentials.signature.startswith(V1_PREFIX)):
             raise InvalidSignature

@@ -220,6 +220,11 @@ async def test_a_secret_that_our_keys_do_not_open_is_our_fault_and_says_nothing_
     assert read_refusal(answer) == Refusal(503, "unavailable", message, "secret_unreadable")
     assert answer.headers["retry-after"] == "1"
 
+    gone = await with_key(gateway)
+    await revoke_key(gateway.owner, public_id=gone.api_key, actor=ACTOR)
+    await execute(gateway.owner, sealed, public_id=gone.api_key)
+    assert read_refusal(await gateway.ask(gone, "GET", BALANCE)) == INVALID_KEY
+
 
 async def test_two_live_keys_of_a_merchant_see_the_same_payouts(gateway: Gateway) -> None:
     old = await gateway.merchant()
