@@ -433,6 +433,14 @@ async def _append_webhook_secret(tx: Tx, keyring: Keyring, shop_id: UUID, secret
     await append_webhook_secret(tx, secret_id=secret_id, shop_id=shop_id, sealed=sealed)
 
 
+async def check_party(tx: Tx, merchant: str | None, shop: str | None = None) -> None:
+    """See that whoever is asked about exists, where somebody is named. Raises: `OnboardingRefused`."""
+    if merchant is not None:
+        await _merchant_id(tx, merchant)
+    if merchant is not None and shop is not None:
+        await _shop(tx, merchant, shop)
+
+
 async def _check_rail(tx: Tx, name: str) -> None:
     if not await has_rail(tx, name):
         raise OnboardingRefused(f"there is no rail {name}")

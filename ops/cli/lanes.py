@@ -1,6 +1,6 @@
 """`payouts lane`: where callbacks wait, and whether they may leave."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -14,6 +14,7 @@ from ops.cli.connect import run_changing, run_connected
 from ops.cli.errors import Refused
 from ops.cli.options import actor_option, json_option, merchant_option, parse_uuid, reason_option
 from ops.cli.output import Record, show_record, show_records
+from ops.onboarding import check_party
 
 
 @click.group("lane")
@@ -36,11 +37,12 @@ def parse_lane_id(text: str) -> UUID:
 @json_option
 def list_lanes_command(merchant: str | None, troubled: bool, limit: int, as_json: bool) -> None:
     """List lanes: how fast each may go, what is in flight and what waits."""
-    rows = run_connected(
-        lambda engine: in_transaction(
-            engine, lambda tx: list_lanes(tx, merchant=merchant, troubled=troubled, rows_max=limit)
-        )
-    )
+
+    async def work(tx: Tx) -> Sequence[Any]:
+        await check_party(tx, merchant)
+        return await list_lanes(tx, merchant=merchant, troubled=troubled, rows_max=limit)
+
+    rows = run_connected(lambda engine: in_transaction(engine, work))
     show_records("lanes", map(_describe, rows), as_json=as_json)
 
 

@@ -12,7 +12,7 @@ import click
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 
-from common.db.engine import in_transaction
+from common.db.engine import Tx, in_transaction
 from common.db.merchants import list_api_keys, list_shops
 from common.domain.addresses import parse_callback_url
 from ops.cli.connect import read_settings, run_changing, run_connected, run_sealing
@@ -34,6 +34,7 @@ from ops.onboarding import (
     change_callbacks,
     change_rail,
     change_webhook_url,
+    check_party,
     freeze_shop,
     revoke_key,
     unfreeze_shop,
@@ -243,7 +244,12 @@ def unfreeze_shop_command(shop: tuple[str, str], reason: str, actor: str, as_jso
 @json_option
 def list_shops_command(merchant: str | None, as_json: bool) -> None:
     """List shops, oldest first."""
-    rows = run_connected(lambda engine: in_transaction(engine, lambda tx: list_shops(tx, merchant)))
+
+    async def work(tx: Tx) -> Sequence[Any]:
+        await check_party(tx, merchant)
+        return await list_shops(tx, merchant)
+
+    rows = run_connected(lambda engine: in_transaction(engine, work))
     show_records("shops", (row._asdict() for row in rows), as_json=as_json)
 
 
@@ -332,5 +338,10 @@ def revoke_key_command(public_id: str, actor: str, as_json: bool) -> None:
 @json_option
 def list_keys_command(merchant: str | None, as_json: bool) -> None:
     """List keys, revoked ones too, oldest first; never their secrets."""
-    rows = run_connected(lambda engine: in_transaction(engine, lambda tx: list_api_keys(tx, merchant)))
+
+    async def work(tx: Tx) -> Sequence[Any]:
+        await check_party(tx, merchant)
+        return await list_api_keys(tx, merchant)
+
+    rows = run_connected(lambda engine: in_transaction(engine, work))
     show_records("keys", (row._asdict() for row in rows), as_json=as_json)

@@ -26,6 +26,7 @@ from ops.cli.options import (
     reason_option,
 )
 from ops.cli.output import progress_bar, show_record
+from ops.onboarding import check_party
 
 STATES: Final = ("exhausted", "rejected", "delivered")
 # Pages of a tenth of a second, so that a rate is kept without bursts; and none so long that others wait for its rows.
@@ -120,6 +121,7 @@ def resume_command(replay_id: UUID, reason: str, actor: str, as_json: bool) -> N
 async def _count(engine: Engine, chosen: Chosen) -> int:
     """How many callbacks a replay would send again now."""
     count, behind = 0, None
+    await in_transaction(engine, partial(check_party, merchant=chosen.merchant, shop=chosen.shop))
     with progress_bar() as progress:
         task = progress.add_task("callbacks that match", total=None)
         while True:

@@ -218,6 +218,11 @@ async def test_a_command_that_makes_no_sense_is_refused_in_one_line(
 # The way to the database
 
 
+@pytest.mark.parametrize("what", ["shop", "key", "lane"])
+async def test_who_does_not_exist_has_no_list(terminal: Terminal, what: str) -> None:
+    (await terminal.run(what, "list", "--merchant", "nobody")).assert_refused("there is no merchant nobody")
+
+
 @pytest.mark.parametrize("arguments", [["verify"], ["migrate"], ["shop", "list"], ["balance", "show", "a", "b"]])
 async def test_a_database_out_of_reach_is_exit_code_3(arguments: list[str]) -> None:
     nobody = Terminal(environment("postgresql://payouts:hunter2@127.0.0.1:1/payouts"))
@@ -386,7 +391,6 @@ async def test_shops_are_listed_of_all_merchants_or_of_one(terminal: Terminal, f
     assert [(row["merchant"], row["code"], row["currency"], row["is_default"]) for row in listed] == [
         ("acme", "dhaka", "BDT", True)
     ]
-    (await terminal.run("shop", "list", "--merchant", "nobody")).assert_shown("none")
 
 
 async def test_a_shop_becomes_an_exception_from_where_callbacks_may_go_and_stops_being_one(

@@ -191,7 +191,6 @@ async def test_a_replay_sends_again_what_was_asked_for_and_nothing_else(terminal
         ("--merchant", first.code): 5,
         ("--merchant", second.code): 2,
         ("--shop", f"{second.code}/shop-001"): 2,
-        ("--shop", f"{second.code}/other"): 0,
         ("--origin", "http://127.0.0.1:8/anything"): 2,
         ("--origin", "HTTP://127.0.0.1:9"): 5,
         ("--origin", "http://127.0.0.1"): 0,
@@ -260,6 +259,8 @@ async def test_an_origin_is_the_same_however_it_was_spelled(
         (("--per-second", "0"), ["--per-second"]),
         (("--merchant", "one", "--shop", "another/shop-001"), ["another", "one"]),
         (("--since", "2026-01-02", "--until", "2026-01-02"), ["--since must be before"]),
+        (("--merchant", "nobody"), ["no merchant nobody"]),
+        (("--shop", "nobody/shop-001"), ["no merchant nobody"]),
     ],
 )
 async def test_a_replay_that_makes_no_sense_is_refused(
