@@ -48,7 +48,7 @@ _DATABASE_PARAMETERS: Final = frozenset(
 )
 _DELAY_SECONDS_MAX: Final = 30 * 24 * 3600.0
 _DELAYS_MAX: Final = 50
-_PORT_MAX: Final = 65_535
+PORT_MAX: Final = 65_535
 _META: Final = "setting"
 
 
@@ -141,7 +141,7 @@ def _postgresql(text: str) -> str:
         raise _Nonsense("must be postgresql://…") from None
     parameters = url.query
     if not all(map(_is_server, _servers(url))):
-        raise _Nonsense(f"must name hosts, and ports of 1 to {_PORT_MAX}")
+        raise _Nonsense(f"must name hosts, and ports of 1 to {PORT_MAX}")
     if "ssl" in parameters and "sslmode" in parameters:
         raise _Nonsense("must have one of ssl and sslmode, not both")
     if not set(parameters) <= _DATABASE_PARAMETERS:
@@ -166,7 +166,7 @@ def _is_server(place: tuple[str, str]) -> bool:
     try:
         if not host.startswith("/"):
             host.encode("idna")
-        return not port or 0 < int(port) <= _PORT_MAX
+        return not port or 0 < int(port) <= PORT_MAX
     except ValueError:
         return False
 
@@ -178,7 +178,7 @@ def _address(text: str) -> str:
 
 
 def _ports(text: str) -> frozenset[int]:
-    return frozenset(_integer(1, _PORT_MAX)(port) for port in text.split(",") if port)
+    return frozenset(_integer(1, PORT_MAX)(port) for port in text.split(",") if port)
 
 
 def _networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
@@ -277,9 +277,9 @@ class Settings:
     )
 
     host: str = _setting("PAYOUTS_HOST", _address, "127.0.0.1", "address the gateway listens on")
-    port: int = _setting("PORT", _integer(1, _PORT_MAX), "8080", "port of the gateway; its processes share it")
+    port: int = _setting("PORT", _integer(1, PORT_MAX), "8080", "port of the gateway; its processes share it")
     admin_port: int = _setting(
-        "PAYOUTS_ADMIN_PORT", _integer(0, _PORT_MAX), "0", "metrics and health, one per process; 0: none"
+        "PAYOUTS_ADMIN_PORT", _integer(0, PORT_MAX), "0", "metrics and health, one per process; 0: none"
     )
     admin_host: str = _setting(
         "PAYOUTS_ADMIN_HOST", _address, "127.0.0.1", "address of the admin port; no merchant may reach it"

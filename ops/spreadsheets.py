@@ -4,6 +4,7 @@ Source: RFC 4180; OWASP, "CSV Injection".
 """
 
 import csv
+import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,10 +21,6 @@ _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\u
 _PLAIN_NUMBER: Final = re.compile(r"-?[0-9]+(\.[0-9]+)?", re.ASCII)
 
 WriteRow = Callable[[Iterable[object]], None]
-
-
-class NoPlainFile(OSError):
-    """What stands there is a device, a folder or the like, which no file may replace."""
 
 
 class FileExists(Exception):
@@ -45,8 +42,9 @@ def render_csv_cell(value: object) -> str:
 def new_csv_file(path: Path, columns: Sequence[str], *, overwrite: bool) -> Iterator[WriteRow]:
     """Writes rows to a file that appears under its name when all of it is on disk, for its owner's eyes alone.
 
-    Raises: `NoPlainFile`, and `FileExists` unless `overwrite`, before anything is written; `OSError`. Whatever ends it before
-    its end leaves the file that was there as it was, and nothing behind, unless a signal ends the process itself.
+    Raises: `FileExists` unless `overwrite`, before anything is written; `OSError`, so where a device or the like
+    stands. Whatever ends it before its end leaves the file that was there as it was, and nothing behind, unless a signal ends
+    the process itself.
     """
     _check_free(path, overwrite=overwrite)
     with NamedTemporaryFile(
@@ -67,6 +65,6 @@ def new_csv_file(path: Path, columns: Sequence[str], *, overwrite: bool) -> Iter
 
 def _check_free(path: Path, *, overwrite: bool) -> None:
     if path.exists() and not path.is_file():
-        raise NoPlainFile(None, "there is something that is no file", str(path))
+        raise OSError(errno.EINVAL, "there is something that is no file", str(path))
     if path.exists() and not overwrite:
         raise FileExists(f"{path} exists already")

@@ -15,6 +15,7 @@ from jsonschema.exceptions import SchemaError
 from common.db.engine import Tx, in_transaction
 from common.db.merchants import list_api_keys, list_shops
 from common.domain.addresses import parse_callback_url
+from common.settings import PORT_MAX
 from ops.cli.connect import read_settings, run_changing, run_connected, run_sealing
 from ops.cli.options import (
     actor_option,
@@ -39,8 +40,6 @@ from ops.onboarding import (
     revoke_key,
     unfreeze_shop,
 )
-
-PORT_MAX: Final = 65_535
 
 
 @click.group("merchant")

@@ -33,7 +33,7 @@ from tests.faults.merchants import account_locked
 from tests.flows import LOCK_WAIT_SECONDS, Desk, assert_sound, desk
 from tests.stack import eventually
 from worker.claiming import find_calls
-from worker.conclusions import LOOK_UP, SUBMIT, Call, Ended, Terms, conclude
+from worker.conclusions import LOOK_UP, SUBMIT, Call, Ended, Terms, conclude, storable
 from worker.hearing import apply_words
 from worker.rails import Answer, Outcome, PayinTerms, PaymentOrder
 
@@ -307,6 +307,14 @@ async def test_whatever_other_sum_a_rail_names_nothing_moves_and_people_are_told
     assert await floor.balance(merchant) == (FUNDS_MINOR, AMOUNT_MINOR)
     assert (await floor.one("SELECT kind FROM discrepancies")).kind == "amount"
     await assert_sound(floor.owner)
+
+
+@pytest.mark.parametrize(
+    ("named", "kept"), [(1, 1), (10**15, 10**15), (0, None), (-1, None), (10**15 + 1, None), (10**600, None)]
+)
+def test_of_a_payin_a_sum_that_no_ledger_holds_is_none(named: int, kept: int | None) -> None:
+    told = storable(Answer(Outcome.DECLINED, amount_minor=named, currency="B\0D\ud800T" * 9))
+    assert (told.amount_minor, told.currency) == (kept, "BD?TBD?TBD?TBD?T")
 
 
 async def test_what_was_not_taken_leaves_no_reference_by_which_it_would_seem_to_have_been(floor: Desk) -> None:
